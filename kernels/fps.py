@@ -1,0 +1,230 @@
+"""Farthest point sampling: m points of a cloud, each the farthest from all chosen before it.
+
+    index[b, 0] = start[b]
+    index[b, i] = argmax_n min_{j < i} |xyz[b, n] - xyz[b, index[b, j]]|²      (ties: lowest n)
+
+PointNet++ (arXiv 1706.02413), section 3.2. xyz (B, N, 3) -> index (B, m) int64, 10·B·N·m
+operations. Distances are fp32, (dx·dx + dy·dy) + dz·dz without fused multiply-add, so torch, the
+interpreter and every GPU choose the same points. All clouds advance together, but the m steps wait
+for each other: what counts is the time of one step. Plain torch passes its buffers through memory
+in each of them, about 60·B·N·m bytes. The kernel keeps a cloud of up to 8,192 points and its
+distances in registers and moves 12·B·N + 8·B·m bytes in all; larger clouds are streamed from L2,
+20·B·N·m bytes.
+
+    python kernels/fps.py
+"""
+import os
+import sys
+import time
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: every call takes the torch path
+    triton = None
+
+IN_REGISTERS = ((1024, 4), (2048, 8), (4096, 8), (8192, 16))  # largest N, warps; not timed yet
+STREAMED = (4096, 16)  # points per trip, warps
+
+
+def fps_torch(xyz, m, start, lengths):  # (B, N, 3), (B,), (B,) -> (B, m)
+    B, N, _ = xyz.shape
+    lengths = lengths.clamp(1, N)
+    far = torch.minimum(start.clamp(min=0), lengths - 1).long()[:, None]
+    planes = xyz.permute(2, 0, 1).contiguous()  # (3, B, N): x of all clouds, then y, then z
+    square = torch.empty_like(planes)
+    nearest = torch.full((B, N), float("inf"), device=xyz.device)  # to the closest chosen point
+    nearest.masked_fill_(torch.arange(N, device=xyz.device) >= lengths[:, None], -1.0)
+    index = torch.empty(B, m, dtype=torch.int64, device=xyz.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # steps are too short to share: with busy cores 100 x slower
+    try:
+        for i in range(m):
+            index[:, i:i + 1] = far
+            torch.sub(planes, planes.gather(2, far.expand(3, B, 1)), out=square)
+            square.mul_(square)
+            distance = square[0].add_(square[1]).add_(square[2])
+            torch.minimum(nearest, distance, out=nearest)
+            torch.argmax(nearest, 1, keepdim=True, out=far)  # torch promises the first maximum
+    finally:
+        torch.set_num_threads(threads)
+    return index
+
+
+if triton:
+    @triton.jit(do_not_specialize=["N", "m"])  # a new size must not mean a new compilation
+    def _fps_registers(xyz, start, lengths, index, N, m, BLOCK: tl.constexpr):
+        # one program: one cloud; all vectors are (BLOCK,) and stay in registers for all m steps
+        b = tl.program_id(0).to(tl.int64)  # int64: b * N * 3 may pass 2^31
+        length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 1), N)
+        far = tl.minimum(tl.maximum(tl.load(start + b), 0), length - 1).to(tl.int32)
+        n = tl.arange(0, BLOCK)
+        cloud = xyz + b * N * 3
+        x = tl.load(cloud + n * 3, n < length, 0.0)
+        y = tl.load(cloud + n * 3 + 1, n < length, 0.0)
+        z = tl.load(cloud + n * 3 + 2, n < length, 0.0)
+        nearest = tl.where(n < length, float("inf"), -1.0)  # -1: padding can never win
+        for i in range(m):
+            tl.store(index + b * m + i, far.to(tl.int64))
+            dx = x - tl.load(cloud + far * 3)
+            dy = y - tl.load(cloud + far * 3 + 1)
+            dz = z - tl.load(cloud + far * 3 + 2)
+            nearest = tl.minimum(nearest, (dx * dx + dy * dy) + dz * dz)
+            far = tl.argmax(nearest, 0, tie_break_left=True).to(tl.int32)
+
+    @triton.jit(do_not_specialize=["N", "m"])
+    def _fps_stream(xyz, start, lengths, nearest, index, N, m, BLOCK: tl.constexpr):
+        # one program: one cloud of any size, walked BLOCK points at a time in each of the m steps;
+        # nearest (B, N) = inf lives in memory, and a thread always meets the same points again
+        b = tl.program_id(0).to(tl.int64)
+        length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 1), N)
+        far = tl.minimum(tl.maximum(tl.load(start + b), 0), length - 1).to(tl.int32)
+        cloud = xyz + b * N * 3
+        for i in range(m):
+            tl.store(index + b * m + i, far.to(tl.int64))
+            cx = tl.load(cloud + far * 3)
+            cy = tl.load(cloud + far * 3 + 1)
+            cz = tl.load(cloud + far * 3 + 2)
+            best = tl.full([BLOCK], -1.0, tl.float32)  # the farthest of each lane, and its index
+            at = tl.zeros([BLOCK], tl.int32)
+            for first in range(0, length, BLOCK):
+                n = first + tl.arange(0, BLOCK)
+                dx = tl.load(cloud + n * 3, n < length, 0.0) - cx
+                dy = tl.load(cloud + n * 3 + 1, n < length, 0.0) - cy
+                dz = tl.load(cloud + n * 3 + 2, n < length, 0.0) - cz
+                d = tl.load(nearest + b * N + n, n < length, -1.0)
+                d = tl.minimum(d, (dx * dx + dy * dy) + dz * dz)  # padding stays at -1
+                tl.store(nearest + b * N + n, d, n < length)
+                at = tl.where(d > best, n, at)  # > keeps the lower index among equals
+                best = tl.maximum(best, d)
+            far = tl.min(tl.where(best == tl.max(best, 0), at, 0x7FFFFFFF), 0)
+
+
+def fps_triton(xyz, m, start, lengths, in_registers=IN_REGISTERS, streamed=STREAMED):
+    B, N, _ = xyz.shape
+    index = torch.empty(B, m, dtype=torch.int64, device=xyz.device)
+    with torch.cuda.device_of(xyz):  # Triton launches on the current device
+        for block, warps in in_registers:
+            if N <= block:
+                _fps_registers[(B,)](xyz, start, lengths, index, N, m, BLOCK=block,
+                                     num_warps=warps, enable_fp_fusion=False)
+                return index
+        nearest = torch.full((B, N), float("inf"), device=xyz.device)
+        block, warps = streamed
+        _fps_stream[(B,)](xyz, start, lengths, nearest, index, N, m, BLOCK=block,
+                          num_warps=warps, enable_fp_fusion=False)
+    return index
+
+
+def use_triton(tensor):
+    """Triton serves CUDA tensors, with TRITON_INTERPRET=1 its interpreter serves the CPU, too."""
+    return triton is not None and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@torch.library.custom_op("nanoepcl::farthest_point_sample", mutates_args=())
+def _operator(xyz: torch.Tensor, m: int, start: torch.Tensor, lengths: torch.Tensor,
+              check: bool) -> torch.Tensor:
+    B, N, _ = xyz.shape
+    if check and B:  # in here, so that torch.compile keeps the checks
+        bad = B * N - int((xyz.abs() <= 1e18).all(-1).sum())  # NaN fails the comparison, too
+        if bad:
+            raise ValueError(f"farthest_point_sample: xyz holds {bad} points with NaN, Inf or "
+                             "values beyond 1e18; remove them when the data is read")
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < m or high > N:
+            raise ValueError(f"farthest_point_sample: lengths go from {low} to {high}, must lie in "
+                             f"m = {m} .. N = {N}; pass a smaller m or larger clouds")
+        if not ((start >= 0) & (start < lengths)).all():
+            raise ValueError(f"farthest_point_sample: start = {start.tolist()} must lie in "
+                             f"0 .. lengths - 1, lengths = {lengths.tolist()}")
+    if B == 0:
+        return torch.empty(0, m, dtype=torch.int64, device=xyz.device)
+    return (fps_triton if use_triton(xyz) else fps_torch)(xyz, m, start, lengths)
+
+
+@_operator.register_fake
+def _(xyz, m, start, lengths, check):
+    return xyz.new_empty(xyz.shape[0], m, dtype=torch.int64)
+
+
+def farthest_point_sample(xyz, m, start=0, lengths=None, check=None):
+    """Indices (B, m) int64 of m points of each cloud of xyz (B, N, 3), the first of them `start`.
+
+    start     int or (B,) integers
+    lengths   (B,) integers: only the first lengths[b] points of cloud b exist
+    check     refuse NaN, Inf, and lengths or start out of range. Always done on the CPU; on CUDA
+              only with check=True, since reading the answer stops the stream. Unchecked, lengths
+              and start are clamped, points repeat where m > lengths[b], and a cloud with NaN
+              yields some indices within it
+    A point repeats only when all others coincide with chosen ones. Indices carry no gradient.
+    """
+    name = "farthest_point_sample"
+    if xyz.dim() != 3 or xyz.shape[-1] != 3:
+        raise ValueError(f"{name}: xyz must be (B, N, 3), not {tuple(xyz.shape)}")
+    if not xyz.is_floating_point():
+        raise ValueError(f"{name}: xyz is {xyz.dtype}; pass floating-point coordinates")
+    B, N, _ = xyz.shape
+    if not 1 <= m <= N:
+        raise ValueError(f"{name}: m = {m} samples from clouds of {N} points; pass m in 1 .. N, "
+                         "or larger clouds")
+    if not isinstance(start, torch.Tensor):
+        if not 0 <= start < N:
+            raise ValueError(f"{name}: start = {start} is outside clouds of {N} points")
+        start = torch.full((B,), start, dtype=torch.int64, device=xyz.device)
+    if lengths is None:
+        lengths = torch.full((B,), N, dtype=torch.int64, device=xyz.device)
+    for what, value in (("start", start), ("lengths", lengths)):
+        if value.shape != (B,) or value.is_floating_point() or value.device != xyz.device:
+            raise ValueError(f"{name}: {what} must be ({B},) integers on {xyz.device}, not "
+                             f"{tuple(value.shape)} {value.dtype} on {value.device}")
+    check = bool(check) or xyz.device.type == "cpu"
+    return _operator(xyz.detach().float().contiguous(), m, start.contiguous(), lengths.contiguous(),
+                     check)
+
+
+def _brute_force(xyz, m):  # float64, one step after the other
+    xyz, rows, index = xyz.double().cpu(), torch.arange(len(xyz)), [torch.zeros(len(xyz)).long()]
+    nearest = torch.full(xyz.shape[:2], float("inf")).double()
+    for _ in range(m - 1):
+        distance = (xyz - xyz[rows, index[-1]][:, None]).square().sum(-1)
+        nearest = torch.minimum(nearest, distance)
+        index.append(nearest.argmax(1))
+    return torch.stack(index, 1)
+
+
+def main():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = [(2, 300, 32), (8, 1024, 64)]
+    machine = "CPU"
+    if device.type == "cuda":
+        shapes = [(32, 1024, 64), (8, 40000, 512), (8, 8192, 1200)]
+        sm = "sm_%d%d" % torch.cuda.get_device_capability()
+        machine = f"{torch.cuda.get_device_name()} ({sm})"
+    for B, N, m in shapes:
+        xyz, seconds = torch.rand(B, N, 3, device=device), []
+        twin = "torch" if use_triton(xyz) else "brute force"
+        if twin == "brute force":
+            xyz = (xyz * 64).round() / 64  # a lattice: ties, and distances that fp32 holds exactly
+        for _ in range(4):  # the first one compiles
+            begin = time.perf_counter()
+            index = farthest_point_sample(xyz, m)
+            if xyz.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        full = torch.full((B,), N, device=device)
+        truth = fps_torch(xyz, m, 0 * full, full) if twin == "torch" else _brute_force(xyz, m)
+        index, truth = index.cpu(), truth.cpu()
+        if not torch.equal(index, truth):
+            b, i = (index != truth).nonzero()[0].tolist()
+            sys.exit(f"DIFFERS on {machine}: {B} x {N} -> {m}, {int((index != truth).sum())} of "
+                     f"{B * m} indices, first at [{b}, {i}]: {int(index[b, i])}, but {twin} says "
+                     f"{int(truth[b, i])}")
+    print(f"ok: farthest_point_sample agrees with {twin} on {machine}, torch {torch.__version__}, "
+          f"triton {triton.__version__ if triton else 'absent'}: {B} x {N} -> {m} in "
+          f"{min(seconds) * 1e3:.1f} ms, {(12 * B * N + 8 * B * m) / 1e6:.1f} MB moved")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Nearest neighbours: for each query the k closest points of its cloud.
+
+    dist2[b, m], index[b, m] = the k smallest pairs (|query[b, m] - points[b, n]|², n) over all n
+
+query (B, M, 3), points (B, N, 3) -> dist2 (B, M, k) float32 ascending, index (B, M, k) int64; equal
+distances are ordered by index. 9·B·M·N operations. The grouping of PointNet++ (arXiv 1706.02413),
+section 3.2, with a fixed number of neighbours. Distances are fp32, (dx·dx + dy·dy) + dz·dz without
+fused multiply-add, so CPU, interpreter and GPU return the same bits; |q|² - 2qp + |p|² would lose
+the digits that decide between neighbours. The table of all distances takes 4·B·M·N bytes, 25.6 GB
+for 80,000 x 80,000: torch computes it in pieces that stay in cache, the kernel keeps k candidates
+per query in registers and writes nothing but the answer, 12·B·M·k bytes.
+
+    python kernels/knn.py
+"""
+import os
+import sys
+import time
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: every call takes the torch path
+    triton = None
+
+MAX_K = 64
+PIECE = 2 ** 19  # distances at a time in torch: 2 MB, with all scratch under 40 MB (or a row of N)
+
+
+def knn_torch(query, points, k, lengths):  # -> (B, M, k) float32, (B, M, k) int64
+    (B, M, _), N = query.shape, points.shape[1]
+    dist2 = torch.empty(B, M, k, device=query.device)
+    index = torch.empty(B, M, k, dtype=torch.int64, device=query.device)
+    clouds, rows = max(1, PIECE // (M * N)), max(1, PIECE // N)
+    order = torch.arange(N, device=query.device)
+    for b in range(0, B, clouds):
+        x, y, z = points[b:b + clouds].permute(2, 0, 1)[:, :, None].contiguous()  # (b, 1, N)
+        missing = order >= lengths[b:b + clouds, None, None]
+        for i in range(0, M, rows):
+            qx, qy, qz = query[b:b + clouds, i:i + rows].permute(2, 0, 1)[..., None]  # (b, rows, 1)
+            d = (qx - x).square_().add_((qy - y).square_()).add_((qz - z).square_())
+            d.masked_fill_(missing, float("inf"))
+            near, at = d.topk(min(k + 1, N), largest=False)  # one more shows a tie at the border
+            tied = (near[..., 1:] == near[..., :-1]).any(-1)
+            near, at = near[..., :k], at[..., :k]
+            if tied.any():  # topk takes equals in any order: redo those rows with keys that differ
+                key = d[tied].view(torch.int32).long() << 32 | order  # floats sort as bits
+                at[tied] = key.topk(k, largest=False).values & 0xFFFFFFFF
+            dist2[b:b + clouds, i:i + rows] = near
+            index[b:b + clouds, i:i + rows] = at.masked_fill(near == float("inf"), -1)
+    return dist2, index
+
+
+if triton:
+    @triton.jit
+    def _pack(dist2, n):  # one int64 that sorts by (distance, index)
+        return (dist2.to(tl.int32, bitcast=True).to(tl.int64) << 32) | n.to(tl.int64)
+
+    @triton.jit
+    def _distance(key):
+        return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+    @triton.jit(do_not_specialize=["M", "N", "k", "tiles"])  # no new compilation for new sizes
+    def _knn(query, points, lengths, dist2, index, M, N, k, tiles,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+        # one program: BLOCK_M queries of one cloud, walking its points BLOCK_N at a time. best
+        # (BLOCK_M, BLOCK_K) holds the nearest so far, unsorted; a nearer one replaces the worst
+        b = (tl.program_id(0) // tiles).to(tl.int64)  # int64: b * N * 3 may pass 2^31
+        m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        length = tl.minimum(tl.load(lengths + b).to(tl.int32), N)
+        q = query + (b * M + m) * 3
+        qx = tl.load(q, m < M, 0.0)[:, None]
+        qy = tl.load(q + 1, m < M, 0.0)[:, None]
+        qz = tl.load(q + 2, m < M, 0.0)[:, None]
+        EMPTY: tl.constexpr = 0x7F80000000000000  # distance inf; + slot, so that all keys differ
+        DONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+        slot = tl.arange(0, BLOCK_K)[None, :].to(tl.int64) + tl.zeros([BLOCK_M, BLOCK_K], tl.int64)
+        best = tl.where(slot < k, EMPTY + slot, -1)  # -1: slots beyond k are never the worst
+        worst = tl.max(best, 1)  # (BLOCK_M,)
+        for first in range(0, length, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            p = points + (b * N + n) * 3
+            dx = qx - tl.load(p, n < length, 0.0)[None, :]
+            dy = qy - tl.load(p + 1, n < length, 0.0)[None, :]
+            dz = qz - tl.load(p + 2, n < length, 0.0)[None, :]
+            d = (dx * dx + dy * dy) + dz * dz  # (BLOCK_M, BLOCK_N)
+            d = tl.where((n < length)[None, :], d, float("inf"))
+            # most tiles end at this fp32 comparison. < is enough: points come in the order of their
+            # index, so one at an equal distance never displaces another
+            while tl.max((d < _distance(worst)[:, None]).to(tl.int32)) > 0:
+                key = _pack(d, n[None, :])
+                new = tl.min(key, 1)  # each query's nearest of the tile, lowest index among equals
+                take = _distance(new) < _distance(worst)
+                best = tl.where(take[:, None] & (best == worst[:, None]), new[:, None], best)
+                worst = tl.max(best, 1)
+                d = tl.where(key == new[:, None], float("inf"), d)
+        best = tl.where(slot < k, best, DONE)
+        for i in range(k):  # write in ascending order
+            new = tl.min(best, 1)
+            best = tl.where(best == new[:, None], DONE, best)
+            out = (b * M + m) * k + i
+            tl.store(dist2 + out, _distance(new), m < M)
+            tl.store(index + out, tl.where(new < EMPTY, new & 0xFFFFFFFF, -1), m < M)
+
+
+def blocks(N, k):
+    """Block sizes for clouds of N points. One warp each: nobody waits. Not timed yet."""
+    BLOCK_K = 32 if k <= 32 else 64  # 16 would spill registers under triton 3.6
+    if N <= 2048:  # a wide tile finds nearly all neighbours in its first k steps
+        return dict(BLOCK_M=1, BLOCK_N=1024, BLOCK_K=BLOCK_K, num_warps=1)
+    if k <= 16:  # a tall tile: eight queries share each point that is read
+        return dict(BLOCK_M=8, BLOCK_N=128, BLOCK_K=BLOCK_K, num_warps=1)
+    return dict(BLOCK_M=4, BLOCK_N=128, BLOCK_K=BLOCK_K, num_warps=1)
+
+
+def knn_triton(query, points, k, lengths, config=None):
+    (B, M, _), N = query.shape, points.shape[1]
+    config = config or blocks(N, k)
+    dist2 = torch.empty(B, M, k, device=query.device)
+    index = torch.empty(B, M, k, dtype=torch.int64, device=query.device)
+    tiles = triton.cdiv(M, config["BLOCK_M"])
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        _knn[(B * tiles,)](query, points, lengths, dist2, index, M, N, k, tiles, **config,
+                           enable_fp_fusion=False)
+    return dist2, index
+
+
+def use_triton(tensor):
+    """Triton serves CUDA tensors, with TRITON_INTERPRET=1 its interpreter serves the CPU, too."""
+    return triton is not None and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@torch.library.custom_op("nanoepcl::knn", mutates_args=())
+def _operator(query: torch.Tensor, points: torch.Tensor, k: int, lengths: torch.Tensor,
+              check: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    (B, M, _), N = query.shape, points.shape[1]
+    if check and B:  # in here, so that torch.compile keeps the checks
+        for what, xyz in (("query", query), ("points", points)):
+            bad = xyz.numel() // 3 - int((xyz.abs() <= 1e18).all(-1).sum())  # NaN fails, too
+            if bad:
+                raise ValueError(f"knn: {what} holds {bad} points with NaN, Inf or values beyond "
+                                 "1e18; remove them when the data is read")
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < k or high > N:
+            raise ValueError(f"knn: lengths go from {low} to {high}, must lie in k = {k} .. N = "
+                             f"{N}; pass a smaller k or larger clouds")
+    if B * M == 0:
+        none = torch.empty(B, M, k, device=query.device)
+        return none, none.long()
+    return (knn_triton if use_triton(query) else knn_torch)(query, points, k, lengths)
+
+
+@_operator.register_fake
+def _(query, points, k, lengths, check):
+    shape = (query.shape[0], query.shape[1], k)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+
+def check_clouds(name, query, points):
+    for what, xyz in (("query", query), ("points", points)):
+        if xyz.dim() != 3 or xyz.shape[-1] != 3:
+            raise ValueError(f"{name}: {what} must be (B, N, 3), not {tuple(xyz.shape)}")
+        if not xyz.is_floating_point():
+            raise ValueError(f"{name}: {what} is {xyz.dtype}; pass floating-point coordinates")
+    if len(points) != len(query) or points.device != query.device:
+        raise ValueError(f"{name}: points has {len(points)} clouds on {points.device}, but query "
+                         f"has {len(query)} on {query.device}; pass one batch on one device")
+
+
+def knn(query, points, k, lengths=None, check=None):
+    """The k nearest of points (B, N, 3) to each query (B, M, 3): dist2 and index, both (B, M, k).
+
+    k         1 .. 64, and at most the points of each cloud
+    lengths   (B,) integers: only the first lengths[b] points of cloud b exist
+    check     refuse NaN, Inf, and lengths out of range. Always done on the CPU; on CUDA only with
+              check=True, since reading the answer stops the stream. Unchecked, missing neighbours
+              have index -1 and dist2 inf, and so have those at a distance of NaN or Inf
+    dist2 carries no gradient: compute it again from the gathered points where one is needed.
+    """
+    check_clouds("knn", query, points)
+    B, N, _ = points.shape
+    if k > N:
+        raise ValueError(f"knn: k = {k} neighbours from clouds of {N} points; "
+                         f"pass k <= {N} or larger clouds")
+    if not 1 <= k <= MAX_K:
+        raise ValueError(f"knn: k = {k}; pass k in 1 .. {MAX_K}, the kernel keeps no longer lists")
+    if lengths is None:
+        lengths = torch.full((B,), N, dtype=torch.int64, device=query.device)
+    if lengths.shape != (B,) or lengths.is_floating_point() or lengths.device != query.device:
+        raise ValueError(f"knn: lengths must be ({B},) integers on {query.device}, not "
+                         f"{tuple(lengths.shape)} {lengths.dtype} on {lengths.device}")
+    check = bool(check) or query.device.type == "cpu"
+    return _operator(query.detach().float().contiguous(), points.detach().float().contiguous(), k,
+                     lengths.contiguous(), check)
+
+
+def _brute_force(query, points, k):  # float64, the whole table, a stable sort
+    table = (query[:, :, None].double() - points[:, None].double()).square().sum(-1)
+    dist2, index = table.sort(dim=-1, stable=True)
+    return dist2[..., :k].float(), index[..., :k]
+
+
+def main():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = [(2, 8, 300, 5), (2, 16, 3000, 16)]
+    machine = "CPU"
+    if device.type == "cuda":
+        shapes = [(32, 64, 1024, 32), (1, 20000, 20000, 16), (8, 2048, 40000, 64)]
+        sm = "sm_%d%d" % torch.cuda.get_device_capability()
+        machine = f"{torch.cuda.get_device_name()} ({sm})"
+    for B, M, N, k in shapes:
+        points, query = torch.rand(B, N, 3, device=device), torch.rand(B, M, 3, device=device)
+        twin, seconds = "torch" if use_triton(query) else "brute force", []
+        if twin == "brute force":  # a lattice: ties, and distances that fp32 holds exactly
+            points, query = (points * 64).round() / 64, (query * 64).round() / 64
+        for _ in range(4):  # the first one compiles
+            begin = time.perf_counter()
+            dist2, index = knn(query, points, k)
+            if query.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        full = torch.full((B,), N, device=device)
+        d, i = (knn_torch(query, points, k, full) if twin == "torch" else
+                _brute_force(query, points, k))
+        wrong = ((index != i) | (dist2 != d)).nonzero().tolist()
+        if wrong:
+            at = tuple(wrong[0])
+            sys.exit(f"DIFFERS on {machine}: {k} of {B} x {N} for {M} queries, {len(wrong)} of "
+                     f"{B * M * k}, first at {at}: point {int(index[at])} at {float(dist2[at])}, "
+                     f"but {twin} says {int(i[at])} at {float(d[at])}")
+    print(f"ok: knn agrees with {twin} on {machine}, torch {torch.__version__}, triton "
+          f"{triton.__version__ if triton else 'absent'}: {k} of {B} x {N} points for {M} queries "
+          f"in {min(seconds) * 1e3:.1f} ms, {12 * B * (M + N + M * k) / 1e6:.1f} MB moved")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""The model and the run: freezing, attention, parity with the release, weights from files, checkpoints."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import train_cls
+from common import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return common.load_clip("random")
+
+
+def config(clip_name="random", **changes):
+    """What `train_cls.settings` would give, small."""
+    args = train_cls.flags(["--points", "64", "--groups", "8", "--neighbours", "8", "--batch-size", "4"])
+    cfg, _, _ = train_cls.settings(args)
+    return {**cfg, "clip": clip_name, **changes}
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+def test_the_paper_s_classifier_trains_3067176_weights_and_they_are_these(clip):
+    model = train_cls.Classifier(clip, 40, config())
+    counts = {}
+    for name, weight in model.named_parameters():
+        part = ".".join(name.split(".")[:2 if name.startswith("encoder") else 1])
+        counts[part] = counts.get(part, 0) + weight.numel()
+    assert counts == {"encoder.tokenizer": 691_456, "encoder.position": 99_584, "encoder.task": 1_211_904,
+                      "norm": 1_536, "embed": 920_576, "head": 142_120}
+    matrices, vectors = common.parameter_groups(model, 0.04)
+    held = {id(p) for group in (matrices, vectors) for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    assert sum(p.numel() for group in (matrices, vectors) for p in group["params"]) == 3_067_176
+    assert (len(matrices["params"]), matrices["weight_decay"]) == (13, 0.04)
+    assert (len(vectors["params"]), vectors["weight_decay"]) == (24, 0.0)
+    assert sum(p.numel() for p in vectors["params"]) == 10_792
+    # class token, its position, ln_pre, ln_post, proj and the blocks; conv1 and 49 positions are not used
+    assert common.sizes(model) == (3_067_176, 87_849_216 - 2_359_296 - 49 * 768)
+
+
+def test_frozen_weights_stay_bit_identical_without_gradient_optimiser_or_checkpoint(tiny_clip):
+    clip = common.load_clip(tiny_clip)
+    frozen = {n: b.clone() for n, b in clip.named_buffers()}
+    model = train_cls.Classifier(clip, 5, config())
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, 0.1), lr=0.01)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(torch.randn(4, 64, 3))[0], torch.arange(4)).backward()
+        optimizer.step()
+    assert all(torch.equal(b, frozen[n]) and b.grad is None for n, b in clip.named_buffers())
+    assert len(frozen) == len(list(clip.named_buffers())) > 50 and not list(clip.parameters())
+    assert not any("clip" in name for name in model.state_dict())
+    assert not any(module.training for module in clip.modules())
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert len(moved) == len(before), set(before) - set(moved)
+
+
+def test_unfreeze_trains_every_weight_of_clip_that_the_classifier_uses(tiny_clip):
+    clip = common.load_clip(tiny_clip, trainable=True)
+    model = train_cls.Classifier(clip, 5, config(unfreeze=True))
+    F.cross_entropy(model.train()(torch.randn(4, 64, 3))[0], torch.arange(4)).backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not missing
+    assert any(n.startswith("encoder.clip.blocks") for n in model.state_dict())
+
+
+def test_every_token_reaches_every_token_of_its_cloud_and_none_of_another(clip):
+    class Given(torch.nn.Module):
+        def forward(self, tokens):
+            return tokens, tokens[..., :3]
+
+    encoder = common.EPCLEncoder(clip, Given(), task_tokens=3).eval()
+    tokens = torch.randn(2, 6, 768)
+    other = tokens.clone()
+    other[0, 4] += torch.randn(768)
+    with torch.no_grad():
+        changed = (encoder(tokens)[0] - encoder(other)[0]).abs().amax(2)       # (2, 1 + 6 + 3)
+    assert changed.shape == (2, 10)
+    assert (changed[0] > 1e-4).all(), "class, patch and task rows must all see the perturbed patch"
+    assert (changed[1] == 0).all(), "clouds of a batch must not attend to each other"
+
+
+def test_the_output_for_a_cloud_does_not_depend_on_the_rest_of_the_batch(tiny_clip):
+    model = train_cls.Classifier(common.load_clip(tiny_clip), 5, config()).eval()
+    clouds = torch.randn(3, 64, 3)
+    with torch.no_grad():
+        assert torch.allclose(model(clouds)[0][1], model(clouds[1:2])[0][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["no_task_token", "deep_prompt", "no_transformer"])
+def test_ablations_change_the_rows_and_the_weights_they_name(tiny_clip, flag):
+    clip = common.load_clip(tiny_clip)
+    model = train_cls.Classifier(clip, 5, config(**{flag: True}))
+    rows, centers = model.encoder(torch.randn(2, 64, 3))
+    assert rows.shape == (2, {"no_task_token": 9, "deep_prompt": 14, "no_transformer": 8}[flag], clip.width)
+    names = [n for n, _ in model.named_parameters()]
+    assert not any("task" in n for n in names)
+    prompts = [p for n, p in model.named_parameters() if "prompts" in n]
+    assert [p.shape for p in prompts] == ([(6, 5, 64)] if flag == "deep_prompt" else [])
+    assert common.sizes(model)[1] == (0 if flag == "no_transformer" else common.sizes(clip)[1])
+    F.cross_entropy(model(torch.randn(4, 64, 3))[0], torch.arange(4)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_bf16_weights_keep_norms_in_fp32_and_change_the_features_little(tiny_clip):
+    clip = common.load_clip(tiny_clip)
+    encoder = common.EPCLEncoder(clip, common.PointTokenizer(8, 8, clip.width), task_tokens=3).eval()
+    points = torch.randn(2, 64, 3)
+    with torch.no_grad():
+        exact = encoder(points)[0]
+        clip.half_weights()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = encoder(points)[0].float()
+    assert clip.ln_post.weight.dtype == torch.float32
+    assert clip.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def official_logits(state, points):
+    """The released classifier in eval mode, told again from its description: 1x1 convolutions, OpenAI's
+    sequence-first blocks, all of it with plain functions and none of our modules."""
+    def conv(x, name):                                                      # (B * G, C, K)
+        return F.conv1d(x, state[name + ".weight"], state[name + ".bias"])
+
+    def bn(x, name):
+        return F.batch_norm(x, state[name + ".running_mean"], state[name + ".running_var"],
+                            state[name + ".weight"], state[name + ".bias"])
+
+    def linear(x, name):
+        return F.linear(x, state[name + ".weight"], state[name + ".bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"])
+
+    B, G, K = len(points), 64, 32
+    centers = []
+    for cloud in points:                                                    # farthest points from index 0
+        chosen, far = [0], torch.full((len(cloud),), float("inf"))
+        for _ in range(G - 1):
+            far = torch.minimum(far, ((cloud - cloud[chosen[-1]]) ** 2).sum(1))
+            chosen.append(int(far.argmax()))
+        centers.append(cloud[chosen])
+    centers = torch.stack(centers)                                          # (B, 64, 3)
+    near = torch.cdist(centers.double(), points.double()).topk(K, largest=False).indices
+    patches = torch.stack([points[b][near[b]] for b in range(B)]) - centers[:, :, None]
+    x = patches.reshape(B * G, K, 3).transpose(1, 2)                        # (B * G, 3, K)
+    x = conv(F.relu(bn(conv(x, "encoder.first_conv.0"), "encoder.first_conv.1")), "encoder.first_conv.3")
+    x = torch.cat([x.max(2, keepdim=True).values.expand(-1, -1, K), x], 1)  # global first
+    x = conv(F.relu(bn(conv(x, "encoder.second_conv.0"), "encoder.second_conv.1")),
+             "encoder.second_conv.3").max(2).values.view(B, G, 768)
+    x = x + linear(F.gelu(linear(centers, "pos_embed.0")), "pos_embed.2")
+    cls = state["clip_vit.class_embedding"] + state["clip_vit.positional_embedding"][0]
+    x = norm(torch.cat([cls.expand(B, 1, 768), x], 1), "clip_vit.ln_pre")
+    task = linear(F.gelu(linear(state["te_encoder.embedding.weight"], "te_encoder.trans.0")), "te_encoder.trans.2")
+    x = torch.cat([x, task.expand(B, -1, -1)], 1).permute(1, 0, 2)          # (105, B, 768)
+    for i in range(12):
+        block = f"clip_vit.transformer.resblocks.{i}."
+        h = norm(x, block + "ln_1")
+        q, k, v = F.linear(h, state[block + "attn.in_proj_weight"], state[block + "attn.in_proj_bias"]).chunk(3, -1)
+        q, k, v = (t.reshape(len(t), B * 12, 64).transpose(0, 1) for t in (q, k, v))
+        a = (q @ k.transpose(1, 2) / 8).softmax(-1) @ v                     # (B * 12, 105, 64)
+        x = x + linear(a.transpose(0, 1).reshape(-1, B, 768), block + "attn.out_proj")
+        h = linear(norm(x, block + "ln_2"), block + "mlp.c_fc")
+        x = x + linear(h * torch.sigmoid(1.702 * h), block + "mlp.c_proj")
+    x = x.permute(1, 0, 2)
+    cls = norm(x[:, 0], "clip_vit.ln_post") @ state["clip_vit.proj"]
+    x = torch.cat([cls, norm(x[:, 1:], "norm").max(1).values], 1)           # (B, 1280)
+    x = norm(linear(F.relu(bn(linear(x, "proj2emb.0"), "proj2emb.1")), "proj2emb.4"), "proj2emb.5")
+    return linear(F.relu(bn(linear(x, "cls_head_finetune.1"), "cls_head_finetune.2")), "cls_head_finetune.5")
+
+
+def official_checkpoint(path, classes=40):
+    """A file with the names and shapes of the authors' release and random weights. -> its state dict."""
+    shapes = {"encoder.first_conv.0": (128, 3, 1), "encoder.first_conv.3": (256, 128, 1),
+              "encoder.second_conv.0": (512, 512, 1), "encoder.second_conv.3": (768, 512, 1),
+              "pos_embed.0": (128, 3), "pos_embed.2": (768, 128), "te_encoder.trans.0": (768, 768),
+              "te_encoder.trans.2": (768, 768), "proj2emb.0": (512, 1280), "proj2emb.4": (512, 512),
+              "cls_head_finetune.1": (256, 512), "cls_head_finetune.5": (classes, 256)}
+    random = torch.Generator().manual_seed(0)
+    state = {"te_encoder.embedding.weight": torch.randn(classes, 768, generator=random)}
+    for name, shape in shapes.items():
+        state[name + ".weight"] = torch.randn(shape, generator=random) / shape[1] ** 0.5
+        state[name + ".bias"] = torch.randn(shape[0], generator=random) * 0.1
+    for name, n in (("encoder.first_conv.1", 128), ("encoder.second_conv.1", 512), ("proj2emb.1", 512),
+                    ("cls_head_finetune.2", 256), ("norm", 768), ("proj2emb.5", 512)):
+        state[name + ".weight"] = 1 + 0.1 * torch.randn(n, generator=random)
+        state[name + ".bias"] = 0.1 * torch.randn(n, generator=random)
+        if name not in ("norm", "proj2emb.5"):
+            state[name + ".running_mean"] = 0.1 * torch.randn(n, generator=random)
+            state[name + ".running_var"] = 1 + torch.rand(n, generator=random)
+            state[name + ".num_batches_tracked"] = torch.tensor(7)
+    visual, _ = common.open_clip_model("ViT-B-32-quickgelu", seed=3)
+    state.update({f"clip_vit.{n}": w.detach() for n, w in visual.visual.state_dict().items()})
+    torch.save({"base_model": {f"module.{n}": w for n, w in state.items()}, "epoch": 300,
+                "metrics": {"acc": torch.tensor(92.9)}}, path)
+    return state
+
+
+def test_the_released_checkpoint_gives_the_released_logits(tmp_path):
+    state = official_checkpoint(tmp_path / "official.pth")
+    assert len(state) == 201 and sum(w.numel() for w in state.values()) == 90_919_212
+    clip, ours = train_cls.load_official(tmp_path / "official.pth")
+    cfg = config()
+    cfg["recipe"] = train_cls.RECIPES["modelnet40"]._asdict()
+    model = train_cls.Classifier(clip, 40, cfg).eval()
+    model.load_state_dict(ours)
+    points = torch.randn(2, 256, 3) * 0.3
+    with torch.no_grad():
+        logits, expected = model(points)[0], official_logits(state, points)
+    assert expected.std() > 0.1
+    assert (logits - expected).abs().max() < 1e-4
+
+
+# --- frozen weights from names and files ----------------------------------------------------------
+
+def test_random_weights_depend_on_the_seed_alone(clip):
+    torch.manual_seed(5)
+    assert common.load_clip("random", seed=0).sha256 == clip.sha256
+    assert common.load_clip("random", seed=1).sha256 != clip.sha256
+
+
+def test_the_same_weights_in_any_file_have_one_hash_and_the_text_tower_speaks(tmp_path):
+    from safetensors.torch import save_file
+    model, tokenizer = common.open_clip_model("ViT-B-32-quickgelu", seed=2)
+    state = {n: w.clone() for n, w in model.state_dict().items()}
+
+    class Shell(torch.nn.Module):                       # the names inside OpenAI's TorchScript archive
+        def __init__(self, state):
+            super().__init__()
+            for name, tensor in state.items():
+                here = self
+                for part in name.split(".")[:-1]:
+                    if not hasattr(here, part):
+                        here.add_module(part, torch.nn.Module())
+                    here = getattr(here, part)
+                here.register_buffer(name.rpartition(".")[2], tensor)
+
+        def forward(self, x):
+            return x
+
+    torch.jit.script(Shell({**state, "input_resolution": torch.tensor(224)})).save(tmp_path / "ViT-B-32.pt")
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save({"state_dict": {f"module.{n}": w.half() for n, w in state.items()}}, tmp_path / "w.bin")
+    archive = common.load_clip(str(tmp_path / "ViT-B-32.pt"))
+    named = common.load_clip(f"ViT-B-32-quickgelu={tmp_path / 'w.safetensors'}")
+    assert archive.sha256 == named.sha256
+    assert common.load_clip(f"ViT-B-32-quickgelu={tmp_path / 'w.bin'}").sha256 != named.sha256    # half precision
+    prompts = ["point cloud of a big chair.", "point cloud of a big night stand."]
+    with torch.no_grad():
+        expected = model.encode_text(tokenizer(prompts))
+    assert torch.allclose(named.text_features(prompts), expected, atol=1e-5)
+    with pytest.raises(InputError, match="does not say which activation"):
+        common.load_clip(str(tmp_path / "w.safetensors"))
+    with pytest.raises(InputError, match="not the weights of ViT-B-16"):
+        common.load_clip(f"ViT-B-16={tmp_path / 'w.safetensors'}")
+    gelu = common.load_clip(f"ViT-B-32={tmp_path / 'w.safetensors'}")
+    x = torch.randn(1, 5, 768)
+    with torch.no_grad():                               # the trap: same weights, other activation
+        assert (gelu.blocks[0](x) - named.blocks[0](x)).abs().max() > 1e-3
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "ViT-B-32.pt").read_bytes()[:100_000])
+    with pytest.raises(InputError, match="cut.pt is not a readable weight file"):
+        common.load_clip(str(tmp_path / "cut.pt"))
+
+
+@pytest.mark.parametrize("name, words", [
+    ("nonsense", "not a name this program knows"),
+    ("missing.pt", "no such file: missing.pt"),
+    ("ViT-X-99/openai", "open_clip has no model ViT-X-99"),
+    ("ViT-B-16/nonsense", "no weights nonsense for ViT-B-16"),
+    ("RN50=missing.pt", "no such file"),
+    ("timm:vit_tiny_patch16_224", "weights come from a file"),
+    ("timm:nonsense=x.pt", "timm has no such model"),
+    ("timm:resnet18=x.pt", "not a ViT with a class token"),
+])
+def test_a_wrong_clip_name_says_what_is_wrong_in_one_line(name, words):
+    with pytest.raises(InputError, match=words) as error:
+        common.load_clip(name)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_cannot_be_fetched_name_the_file_and_the_alternatives(monkeypatch):
+    import open_clip
+
+    def offline(*args, **kwargs):
+        raise OSError("Name or service not known")
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(InputError) as error:
+        common.load_clip("openai")
+    for word in ("ViT-B-32.pt", "--clip random", "--data synthetic", "could not be downloaded"):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_timm_vit_computes_the_same_as_in_timm(tiny_clip):
+    import timm
+    clip = common.load_clip(tiny_clip)
+    name, path = tiny_clip.removeprefix("timm:").split("=")
+    vit = timm.create_model(name, pretrained=False).eval()
+    vit.load_state_dict(common.read_weights(path)[0])
+    x = torch.randn(2, 7, clip.width)
+    with torch.no_grad():
+        expected, ours = vit.norm(vit.blocks(vit.norm_pre(x))), clip.ln_pre(x)
+        for block in clip.blocks:
+            ours = block(ours)
+        assert torch.allclose(clip.ln_post(ours), expected, atol=1e-5)
+    assert torch.allclose(clip.start()[0, 0], vit.cls_token[0, 0] + vit.pos_embed[0, 0])
+    assert clip.text_features(["anything"]) is None and clip.embed == clip.width
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+def test_the_schedule_is_timm_s_with_the_cosine_counted_from_the_start():
+    lr = [common.learning_rate(e, 3e-4, 300, 10) for e in (0, 1, 9, 10, 150, 299, 300, 400)]
+    assert lr == pytest.approx([1e-6, 3.09e-5, 2.701e-4, 2.992e-4, 1.505e-4, 1.008e-6, 1e-6, 1e-6], rel=1e-3)
+
+
+def test_dropout_draws_one_mask_for_the_batch_however_it_is_shared():
+    layer, x = common.Dropout(0.5).train(), torch.ones(6, 50)
+
+    def part(first, last):
+        torch.manual_seed(1)
+        common.Dropout.rows = (first, last, 6)
+        return layer(x[first:last])
+    whole = part(0, 6)
+    assert torch.equal(torch.cat([part(0, 2), part(2, 6)]), whole)
+    assert set(whole.unique().tolist()) == {0.0, 2.0} and 0.3 < (whole == 0).float().mean() < 0.7
+    common.Dropout.rows = None
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_half_a_checkpoint_never_replaces_a_whole_one(tmp_path):
+    """kill -9 while a process does nothing but save: the file under the final name always loads."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import common, torch\n"
+            f"run = common.Run({str(tmp_path)!r})\n"
+            "n = 0\n"
+            "while True:\n"
+            "    run.save('last.pt', {'task': 'cls', 'n': n, 'w': torch.full((500_000,), float(n))}); n += 1\n")
+    for pause in (0.0, 0.013, 0.027):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        deadline = time.time() + 60
+        last = tmp_path / "last.pt"
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        while (not last.exists() or last.stat().st_mtime_ns == before) and time.time() < deadline:
+            time.sleep(0.01)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        saved = common.load_checkpoint(tmp_path, "cls")
+        assert (saved["w"] == saved["n"]).all()
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "cut short"), (b"PK\x03\x04 nonsense", "cut short"), (None, "no such checkpoint")])
+def test_a_broken_checkpoint_is_named(tmp_path, content, words):
+    path = tmp_path / "last.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as error:
+        common.load_checkpoint(path, "cls")
+    assert str(path) in str(error.value)
+
+
+def test_a_checkpoint_of_another_script_or_of_other_frozen_weights_is_refused(tmp_path, tiny_clip, clip):
+    run = common.Run(tmp_path)
+    run.save("last.pt", {"task": "det", "frozen": {"name": "openai", "sha256": "0" * 64}})
+    with pytest.raises(InputError, match="train_det.py, not of train_cls.py"):
+        common.load_checkpoint(tmp_path, "cls")
+    with pytest.raises(InputError, match="not those the run was trained with"):
+        common.check_frozen(common.load_checkpoint(tmp_path, "det"), clip)
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0 and not Path("/proc/version").exists(),
+                    reason="needs a place that cannot be written")
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        common.Run(tmp_path / "file" / "run")

@@ -1,0 +1,577 @@
+"""Sampling, nearest neighbours and interpolation: Triton against torch, both against NumPy.
+
+Triton and torch must agree to the last bit, whatever the cloud. NumPy works in float64: where it
+decides between distances that differ by less than fp32 rounding, the distances are compared and not
+the indices; on lattices every distance is exact in fp32 as well, so there the indices must be the
+same, ties included.
+"""
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import farthest_point_sample, interpolate, knn
+
+fps_file, knn_file, interpolate_file = (importlib.import_module(f"kernels.{name}")
+                                        for name in ("fps", "knn", "interpolate"))
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.usefixtures("poison_empty"),  # and the interpreter of triton 3.6:
+              pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
+
+
+def make_cloud(kind, B, N, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    xyz = torch.rand(B, N, 3, generator=g)
+    if kind == "clustered":  # clusters 100,000 times smaller than their distance
+        xyz = xyz * 1e-5 + torch.randint(0, 4, (B, N, 1), generator=g)
+    elif kind == "duplicated":
+        xyz = xyz[:, torch.randint(0, max(1, N // 4), (N,), generator=g)]
+    elif kind == "collinear":
+        xyz = xyz[..., :1] * torch.tensor([1.0, -2.0, 0.5])
+    elif kind == "lattice":
+        xyz = (xyz * 4).floor()
+    elif kind == "sphere":  # around the first point: only the last bits of the distances differ
+        xyz = torch.nn.functional.normalize(xyz - 0.5, dim=-1)
+        xyz[:, 0] = 0
+    elif kind == "identical":
+        xyz = torch.ones(B, N, 3)
+    return xyz
+
+
+KINDS = ["random", "clustered", "duplicated", "collinear", "lattice", "sphere", "identical"]
+
+
+def table64(query, points):  # float64 squared distances, by NumPy
+    q, p = query.cpu().double().numpy(), points.cpu().double().numpy()
+    return ((q[:, :, None] - p[:, None]) ** 2).sum(-1)
+
+
+def assert_farthest(xyz, index, start, exact):
+    """No point is farther, in float64, from the earlier ones than each choice; exact: ties, too."""
+    assert index[:, 0].tolist() == list(start)
+    for table, chosen in zip(table64(xyz, xyz), index.cpu().numpy()):
+        nearest = np.full(len(table), np.inf)
+        for before, now in zip(chosen[:-1], chosen[1:]):
+            nearest = np.minimum(nearest, table[before])
+            if exact:
+                assert now == nearest.argmax()  # NumPy's argmax is the first maximum
+            else:  # 1e-6: a few roundings of fp32
+                assert nearest[now] >= nearest.max() * (1 - 1e-6)
+
+
+def assert_nearest(query, points, dist2, index, exact):
+    """dist2 are the smallest float64 distances in ascending order, and belong to index."""
+    table = table64(query, points)
+    order = np.argsort(table, -1, kind="stable")[..., :index.shape[-1]]
+    found = np.take_along_axis(table, index.cpu().numpy(), -1)
+    np.testing.assert_allclose(found, np.take_along_axis(table, order, -1), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(dist2.cpu().numpy(), found, rtol=1e-6, atol=1e-12)
+    assert (dist2[..., 1:] >= dist2[..., :-1]).all()
+    assert all(len(set(row)) == len(row) for row in index.flatten(0, 1).tolist()), "a point twice"
+    if exact:
+        np.testing.assert_array_equal(index.cpu().numpy(), order)
+
+
+def fps_twin(xyz, m, start=0, lengths=None):  # the torch path, called directly
+    B, N, _ = xyz.shape
+    start = start if torch.is_tensor(start) else torch.full((B,), start)
+    lengths = torch.full((B,), N) if lengths is None else lengths
+    return fps_file.fps_torch(xyz.float(), m, start, lengths)
+
+
+def knn_twin(query, points, k, lengths=None):
+    B, N, _ = points.shape
+    return knn_file.knn_torch(query.float(), points.float(), k,
+                              torch.full((B,), N) if lengths is None else lengths)
+
+
+# -------------------------------------------------------------------------- farthest point sampling
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("B, N, m", [(1, 1, 1), (1, 7, 7), (2, 300, 40), (5, 33, 12)])
+def test_fps_in_triton_equals_torch_and_brute_force(triton_device, kind, B, N, m):
+    xyz = make_cloud(kind, B, N)
+    index = farthest_point_sample(xyz.to(triton_device), m)
+    assert index.dtype == torch.int64 and index.shape == (B, m)
+    assert torch.equal(index.cpu(), fps_twin(xyz, m))
+    assert_farthest(xyz, index, [0] * B, exact=kind in ("lattice", "identical"))
+
+
+@pytest.mark.parametrize("kind", ["random", "lattice", "identical"])
+def test_streaming_fps_equals_torch(triton_device, kind):
+    xyz = make_cloud(kind, 3, 300)
+    start, lengths = torch.tensor([0, 130, 5]), torch.tensor([300, 131, 64])
+    moved = [t.to(triton_device) for t in (xyz, start, lengths)]
+    index = fps_file.fps_triton(moved[0], 40, *moved[1:], in_registers=(), streamed=(64, 4))
+    assert torch.equal(index.cpu(), fps_twin(xyz, 40, start, lengths))
+
+
+def test_fps_chooses_the_points_computed_by_hand(triton_device):
+    line = torch.tensor([[0.0, 0, 0], [1, 0, 0], [2, 0, 0], [5, 0, 0], [9, 0, 0]])
+    xyz = torch.stack([line, line.flip(0)]).to(triton_device)
+    # from 0: 9, then 5 (4 away from 9), then 2, then 1
+    assert farthest_point_sample(xyz, 5).tolist() == [[0, 4, 3, 2, 1], [0, 4, 1, 2, 3]]
+
+
+def test_fps_ties_go_to_the_lowest_index(triton_device):
+    xyz = torch.zeros(1, 200, 3)
+    xyz[0, [17, 60, 190], 0] = 1.0  # three farthest points at one place
+    xyz[0, [30, 31], 0] = -1.0  # equally far from the start, but later than 17
+    index = farthest_point_sample(xyz.to(triton_device), 4)
+    assert index.tolist() == [[0, 17, 30, 0]]  # only duplicates are left
+
+
+def test_fps_never_picks_a_point_twice_while_others_remain(triton_device):
+    index = farthest_point_sample(make_cloud("random", 2, 48).to(triton_device), 48)
+    assert torch.equal(index.sort(1).values.cpu(), torch.arange(48).expand(2, -1))
+
+
+def test_fps_starts_where_it_is_told_and_stays_within_lengths(triton_device):
+    xyz = make_cloud("random", 3, 50)
+    start, lengths = torch.tensor([3, 0, 19]), torch.tensor([50, 12, 20])
+    moved = [t.to(triton_device) for t in (xyz, start, lengths)]
+    index = farthest_point_sample(moved[0], 12, start=moved[1], lengths=moved[2]).cpu()
+    assert torch.equal(index, fps_twin(xyz, 12, start, lengths))
+    assert (index < lengths[:, None]).all()
+    for b, n in enumerate(lengths):  # as if the rest of the cloud had never existed
+        assert torch.equal(index[b], fps_twin(xyz[b:b + 1, :n], 12, start[b:b + 1])[0])
+    int32 = farthest_point_sample(moved[0], 12, start=moved[1].int(), lengths=moved[2].int())
+    assert torch.equal(int32.cpu(), index)
+    assert farthest_point_sample(moved[0], 2, start=7)[:, 0].tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_fps_takes_other_dtypes_and_strides(triton_device, dtype):
+    wide = make_cloud("random", 2, 90, seed=3).repeat(1, 1, 2).to(dtype)
+    xyz = wide[:, ::3, 1:4]  # neither contiguous nor float32
+    index = farthest_point_sample(xyz.to(triton_device), 20)
+    assert torch.equal(index.cpu(), fps_twin(xyz.float().contiguous(), 20))
+
+
+def test_torch_argmax_returns_the_first_maximum():
+    for n in [*range(1, 40), 63, 64, 65, 1023, 1024, 1025, 4097, 40000]:
+        for rows in (1, 3, 32):
+            x = torch.randint(0, 3, (rows, n)).float()
+            assert torch.equal(x.argmax(1), torch.from_numpy(x.numpy().argmax(1)))
+
+
+def test_fps_leaves_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    farthest_point_sample(make_cloud("random", 2, 20), 5)
+    assert torch.get_num_threads() == before
+
+
+# ------------------------------------------------------------------------------- nearest neighbours
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("B, M, N, k", [(1, 1, 1, 1), (1, 3, 7, 7), (2, 5, 300, 5), (5, 2, 33, 16)])
+def test_knn_in_triton_equals_torch_and_brute_force(triton_device, kind, B, M, N, k):
+    points = make_cloud(kind, B, N)
+    query = make_cloud(kind, B, M, seed=1)
+    dist2, index = knn(query.to(triton_device), points.to(triton_device), k)
+    assert dist2.dtype == torch.float32 and index.dtype == torch.int64 and index.shape == (B, M, k)
+    twin = knn_twin(query, points, k)
+    assert torch.equal(dist2.cpu(), twin[0]) and torch.equal(index.cpu(), twin[1])
+    assert_nearest(query, points, dist2, index, exact=kind in ("lattice", "identical"))
+
+
+@pytest.mark.parametrize("kind, M, N, k", [("random", 5, 300, 16), ("lattice", 9, 300, 16),
+                                           ("lattice", 3, 150, 64), ("identical", 5, 130, 33)])
+def test_knn_tiles_of_a_large_cloud_equal_torch(triton_device, kind, M, N, k):
+    points, query = make_cloud(kind, 2, N), make_cloud(kind, 2, M, seed=1)
+    lengths = torch.tensor([N, k + 1])
+    config = knn_file.blocks(10 ** 5, k)  # what a cloud of 100,000 points gets
+    assert config["BLOCK_M"] > 1 and config["BLOCK_N"] < N
+    moved = [t.to(triton_device) for t in (query, points, lengths)]
+    dist2, index = knn_file.knn_triton(moved[0], moved[1], k, moved[2], config)
+    twin = knn_twin(query, points, k, lengths)
+    assert torch.equal(dist2.cpu(), twin[0]) and torch.equal(index.cpu(), twin[1])
+
+
+def test_knn_finds_64_neighbours(triton_device):
+    points, query = make_cloud("lattice", 1, 100), make_cloud("lattice", 1, 2, seed=1)
+    dist2, index = knn(query.to(triton_device), points.to(triton_device), 64)
+    assert_nearest(query, points, dist2, index, exact=True)
+
+
+def test_knn_orders_equal_distances_by_index(triton_device):
+    points = torch.zeros(1, 150, 3)
+    points[0, ::2, 0] = 1.0
+    dist2, index = knn(torch.zeros(1, 1, 3).to(triton_device), points.to(triton_device), 6)
+    assert index.tolist() == [[[1, 3, 5, 7, 9, 11]]] and not dist2.any()
+    dist2, index = knn(torch.full((1, 1, 3), 0.5).to(triton_device), points.to(triton_device), 6)
+    assert index.tolist() == [[[0, 1, 2, 3, 4, 5]]]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_knn_in_torch_finds_ties_at_the_border_of_the_k_nearest(k):
+    points = torch.zeros(1, 300, 3)
+    points[0, :, 0] = torch.randperm(300, generator=torch.Generator().manual_seed(0)) // 2 + 1.0
+    points[0, :k - 1, 0] = torch.linspace(0.1, 0.9, k)[:-1]  # k - 1 clear ones, then equals at 1
+    points[0, 100:, 0] = points[0, 100:, 0].clamp(max=1)
+    dist2, index = knn(torch.zeros(1, 1, 3), points, k)
+    assert_nearest(torch.zeros(1, 1, 3), points, dist2, index, exact=False)
+    assert index[0, 0, -1] == (points[0, :, 0] == 1).nonzero()[0]
+
+
+def test_knn_tells_points_apart_far_from_the_origin(triton_device):
+    # |q|² - 2qp + |p|² would return 0 here for all of them: 1e7 has a spacing of 1 in float32
+    points = torch.tensor([[[4000.0, 0, 0], [4000.5, 0, 0], [4000.25, 0, 0]]]).to(triton_device)
+    dist2, index = knn(points[:, :1], points, 3)
+    assert index.tolist() == [[[0, 2, 1]]] and dist2.tolist() == [[[0, 0.0625, 0.25]]]
+
+
+def test_knn_sees_only_the_first_lengths_points(triton_device):
+    points, query = make_cloud("random", 3, 60), make_cloud("random", 3, 4, seed=1)
+    lengths = torch.tensor([60, 5, 9])
+    moved = [t.to(triton_device) for t in (query, points, lengths)]
+    dist2, index = knn(moved[0], moved[1], 5, lengths=moved[2])
+    for b, n in enumerate(lengths):
+        alone = knn_twin(query[b:b + 1], points[b:b + 1, :n], 5)
+        assert torch.equal(dist2[b].cpu(), alone[0][0]) and torch.equal(index[b].cpu(), alone[1][0])
+
+
+def test_knn_unchecked_pads_missing_neighbours(triton_device):
+    points, query = make_cloud("random", 3, 9), make_cloud("random", 3, 2, seed=1)
+    lengths = torch.tensor([9, 2, 0])
+    query, points, lengths = (t.to(triton_device) for t in (query, points, lengths))
+    for path in (knn_file.knn_triton, knn_file.knn_torch):
+        dist2, index = (t.cpu() for t in path(query, points, 4, lengths))
+        assert (index[1, :, 2:] == -1).all() and (dist2[1, :, 2:] == torch.inf).all()
+        assert (index[2] == -1).all() and (dist2[2] == torch.inf).all()
+        assert (index[0] >= 0).all() and (index[1, :, :2] >= 0).all()
+
+
+def test_fps_unchecked_clamps_lengths_and_start(triton_device):
+    xyz = make_cloud("random", 4, 9)
+    start, lengths = torch.tensor([-5, 99, 0, 3]), torch.tensor([9, 9, 0, 10 ** 6])
+    xyz, start, lengths = (t.to(triton_device) for t in (xyz, start, lengths))
+    for path in (fps_file.fps_triton, fps_file.fps_torch):
+        index = path(xyz, 5, start, lengths).cpu()
+        assert index[:, 0].tolist() == [0, 8, 0, 3] and ((index >= 0) & (index < 9)).all()
+        assert not index[2].any()  # one point, chosen again and again
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_knn_takes_other_dtypes_and_strides(triton_device, dtype):
+    points = make_cloud("random", 2, 90, seed=3).repeat(1, 1, 2).to(dtype)[:, ::3, 1:4]
+    query = points[:, ::7].flip(1)
+    dist2, index = knn(query.to(triton_device), points.to(triton_device), 4)
+    twin = knn_twin(query.float().contiguous(), points.float().contiguous(), 4)
+    assert torch.equal(dist2.cpu(), twin[0]) and torch.equal(index.cpu(), twin[1])
+    assert torch.equal(query.cpu(), points.cpu()[torch.arange(2)[:, None], index[..., 0].cpu()])
+
+
+def test_knn_of_no_queries_is_empty(triton_device):
+    points = torch.rand(2, 9, 3, device=triton_device)
+    dist2, index = knn(points[:, :0], points, 4)
+    assert dist2.shape == index.shape == (2, 0, 4)
+    assert farthest_point_sample(points[:0], 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize("kind", ["random", "lattice"])
+@pytest.mark.parametrize("B, M, N, k", [(40, 64, 300, 8), (2, 700, 2000, 20), (1, 3, 524293, 4)])
+def test_knn_in_torch_is_the_same_in_one_piece_or_many(kind, B, M, N, k):
+    points, query = make_cloud(kind, B, N), make_cloud(kind, B, M, seed=1)
+    dist2, index = knn(query, points, k)  # 2 clouds, 262 queries and 1 query at a time
+    for b, m in ((0, 0), (B - 1, M - 1), (B // 2, M // 2)):
+        assert_nearest(query[b:b + 1, m:m + 1], points[b:b + 1], dist2[b:b + 1, m:m + 1],
+                       index[b:b + 1, m:m + 1], exact=kind == "lattice")
+
+
+def in_a_fresh_process(code, **environment):
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="2", **environment)
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=clean,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def test_knn_over_80_000_points_stays_within_bounded_memory():
+    pytest.importorskip("resource", reason="needs Unix: reads the peak memory of a process")
+    peak = in_a_fresh_process("""
+        import resource, torch
+        from kernels import knn
+        points = torch.rand(1, 80_000, 3)
+        knn(points[:, :10], points, 16)  # loads whatever torch loads lazily
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        knn(points[:, :1500], points, 16)  # the table alone would take 480 MB
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    """)
+    assert float(peak) < 100, f"{float(peak):.0f} MB above the inputs"
+
+
+# ------------------------------------------------------------------------------------ interpolation
+
+def interpolate_case(B=2, N=17, S=30, C=20, dtype=torch.float32, seed=0):
+    query, points = make_cloud("random", B, N, seed), make_cloud("random", B, S, seed + 1)
+    g = torch.Generator().manual_seed(seed)
+    feats, grad = torch.randn(B, S, C, generator=g), torch.randn(B, N, C, generator=g)
+    return query, points, feats.to(dtype), grad.to(dtype)
+
+
+def brute_interpolate(query, points, feats, k):  # float64, the formula of the docstring
+    table = table64(query, points)
+    order = np.argsort(table, -1, kind="stable")[..., :k]
+    weight = 1 / (np.take_along_axis(table, order, -1) + 1e-8)
+    weight /= weight.sum(-1, keepdims=True)
+    f = feats.double().numpy()
+    return np.stack([(weight[b][..., None] * f[b][order[b]]).sum(1) for b in range(len(f))])
+
+
+# fp32 sums of k <= 8 terms; half and bf16 round once, at the end: half a unit in the last place
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("B, N, S, C, k", [(2, 17, 30, 20, 3), (1, 1, 1, 1, 1), (1, 20, 9, 65, 8)])
+def test_interpolation_and_its_gradient_in_triton_equal_torch(triton_device, monkeypatch, dtype,
+                                                              B, N, S, C, k):
+    query, points, feats, grad = interpolate_case(B, N, S, C, dtype)
+    results = {}
+    for path, device in (("triton", triton_device), ("torch", torch.device("cpu"))):
+        if path == "torch":
+            monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        leaf = feats.to(device, copy=True).requires_grad_()
+        out = interpolate(query.to(device), points.to(device), leaf, k)
+        out.backward(grad.to(device))
+        assert out.dtype == leaf.grad.dtype == dtype
+        results[path] = out.detach().cpu(), leaf.grad.cpu()
+    close = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(*(results[path][0] for path in results), **close)
+    torch.testing.assert_close(*(results[path][1] for path in results), **close)
+    truth = brute_interpolate(query, points, feats, k)
+    np.testing.assert_allclose(results["triton"][0].double().numpy(), truth, **close)
+
+
+def test_interpolation_has_the_gradient_of_its_formula():
+    query, points, feats, _ = interpolate_case(B=2, N=5, S=6, C=3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda f: interpolate(query, points, f), feats.requires_grad_())
+
+
+def test_source_points_that_nobody_uses_get_zero_gradient(triton_device):
+    _, points, feats, _ = interpolate_case(B=1, N=2, S=30, C=8)
+    points, feats = points.to(triton_device), feats.to(triton_device).requires_grad_()
+    interpolate(points[:, :2], points, feats, k=1).sum().backward()
+    assert (feats.grad[:, :2] == 1).all() and (feats.grad[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_a_query_on_a_source_point_gets_its_feature_exactly(triton_device, scale):
+    _, points, feats, _ = interpolate_case(B=2, S=12)
+    points, feats = (points * scale).to(triton_device), feats.to(triton_device)
+    assert torch.equal(interpolate(points, points, feats), feats)
+
+
+def test_coincident_source_points_share_equally(triton_device):
+    _, points, feats, _ = interpolate_case(B=1, S=12)
+    points[:, 5] = points[:, 2]
+    points = points.to(triton_device)
+    out = interpolate(points[:, 2:3], points, feats.to(triton_device))
+    torch.testing.assert_close(out.cpu(), (feats[:, 2:3] + feats[:, 5:6]) / 2)
+
+
+def test_interpolation_uses_only_the_first_lengths_points(triton_device):
+    query, points, feats, _ = interpolate_case(B=2, S=12)
+    lengths = torch.tensor([12, 4])
+    feats[1, 4:] = torch.nan
+    moved = [t.to(triton_device) for t in (query, points, feats, lengths)]
+    out = interpolate(*moved[:3], lengths=moved[3]).cpu()
+    torch.testing.assert_close(out[1:], interpolate(query[1:], points[1:, :4], feats[1:, :4]))
+
+
+def test_interpolation_of_no_queries_or_no_channels_is_empty(triton_device):
+    query, points, feats, _ = interpolate_case()
+    for q, f in ((query[:, :0], feats), (query, feats[..., :0])):
+        f = f.to(triton_device).requires_grad_()
+        out = interpolate(q.to(triton_device), points.to(triton_device), f)
+        assert out.shape == (2, q.shape[1], f.shape[2])
+        out.sum().backward()
+        assert not f.grad.any()
+
+
+# -------------------------------------------------------------------------------------- all of them
+
+def test_every_function_returns_the_same_bits_again(triton_device):
+    query, points, feats, grad = (t.to(triton_device) for t in interpolate_case(N=40, S=12))
+    runs = []
+    for _ in range(2):
+        leaf = feats.clone().requires_grad_()
+        out = interpolate(query, points, leaf)
+        out.backward(grad)
+        runs.append([farthest_point_sample(points, 9), *knn(query[:, :5], points, 4), out.detach(),
+                     leaf.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+BAD_FPS = [
+    (dict(xyz=torch.rand(5, 3)), "xyz must be (B, N, 3), not (5, 3)"),
+    (dict(xyz=torch.rand(2, 5, 4)), "must be (B, N, 3), not (2, 5, 4)"),
+    (dict(xyz=torch.ones(2, 5, 3).long()), "pass floating-point coordinates"),
+    (dict(xyz=torch.rand(2, 0, 3)), "clouds of 0 points"),
+    (dict(m=0), "m = 0 samples"),
+    (dict(m=21), "m = 21 samples from clouds of 20 points; pass m in 1 .. N"),
+    (dict(start=20), "start = 20 is outside clouds of 20 points"),
+    (dict(start=-1), "start = -1"),
+    (dict(start=torch.tensor([0, 20])), "start = [0, 20] must lie in 0 .. lengths - 1"),
+    (dict(start=torch.tensor([0, 9]), lengths=torch.tensor([20, 9])), "lengths = [20, 9]"),
+    (dict(start=torch.tensor([0])), "start must be (2,) integers"),
+    (dict(start=torch.tensor([0.0, 1.0])), "start must be (2,) integers"),
+    (dict(lengths=torch.tensor([20, 3])), "lengths go from 3 to 20, must lie in m = 5 .. N = 20"),
+    (dict(lengths=torch.tensor([21, 20])), "lengths go from 20 to 21"),
+    (dict(lengths=torch.tensor([20, 20], device="meta")), "on cpu, not (2,) torch.int64 on meta"),
+    (dict(xyz=torch.full((2, 20, 3), torch.nan)), "xyz holds 40 points with NaN"),
+]
+BAD_KNN = [
+    (dict(query=torch.rand(5, 3)), "query must be (B, N, 3), not (5, 3)"),
+    (dict(points=torch.rand(2, 20, 2)), "points must be (B, N, 3), not (2, 20, 2)"),
+    (dict(points=torch.ones(2, 20, 3).int()), "points is torch.int32"),
+    (dict(points=torch.rand(3, 20, 3)), "points has 3 clouds on cpu, but query has 2"),
+    (dict(points=torch.rand(2, 20, 3, device="meta")), "pass one batch on one device"),
+    (dict(points=torch.rand(2, 0, 3)), "clouds of 0 points"),
+    (dict(k=0), "k = 0; pass k in 1 .. 64"),
+    (dict(k=32), "knn: k = 32 neighbours from clouds of 20 points; pass k <= 20 or larger clouds"),
+    (dict(points=torch.rand(2, 90, 3), k=65), "k = 65; pass k in 1 .. 64"),
+    (dict(lengths=torch.tensor([20, 3])), "lengths go from 3 to 20, must lie in k = 5 .. N = 20"),
+    (dict(lengths=torch.tensor([20])), "lengths must be (2,) integers"),
+    (dict(query=torch.tensor([[[0, 0, torch.inf]], [[0, 0, 0]]])), "query holds 1 points with NaN"),
+    (dict(points=torch.full((2, 20, 3), 1e30)), "40 points with NaN, Inf or values beyond 1e18"),
+]
+BAD_INTERPOLATE = [
+    (dict(query=torch.rand(2, 5, 2)), "interpolate: query must be (B, N, 3)"),
+    (dict(feats=torch.rand(2, 19, 4)), "one row for each point, not (2, 19, 4)"),
+    (dict(feats=torch.rand(2, 20)), "feats must be (2, 20, C)"),
+    (dict(feats=torch.ones(2, 20, 4).long()), "feats is torch.int64"),
+    (dict(k=0), "k = 0 neighbours from clouds of 20 points; pass k in 1 .. 8"),
+    (dict(k=9), "k = 9 neighbours from clouds of 20 points"),
+    (dict(points=torch.rand(2, 2, 3), feats=torch.rand(2, 2, 4)), "k = 3 neighbours from clouds"),
+    (dict(query=torch.full((2, 5, 3), torch.nan)), "query holds 10 points with NaN"),
+]
+GOOD = {farthest_point_sample: dict(xyz=torch.rand(2, 20, 3), m=5),
+        knn: dict(query=torch.rand(2, 5, 3), points=torch.rand(2, 20, 3), k=5),
+        interpolate: dict(query=torch.rand(2, 5, 3), points=torch.rand(2, 20, 3),
+                          feats=torch.rand(2, 20, 4))}
+
+
+def refuses(function, change, message):
+    with pytest.raises(ValueError) as caught:
+        function(**{**GOOD[function], **change})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("change, message", BAD_FPS, ids=[m for _, m in BAD_FPS])
+def test_fps_refuses_bad_input_and_says_what_to_do(change, message):
+    refuses(farthest_point_sample, change, message)
+
+
+@pytest.mark.parametrize("change, message", BAD_KNN, ids=[m for _, m in BAD_KNN])
+def test_knn_refuses_bad_input_and_says_what_to_do(change, message):
+    refuses(knn, change, message)
+
+
+@pytest.mark.parametrize("change, message", BAD_INTERPOLATE, ids=[m for _, m in BAD_INTERPOLATE])
+def test_interpolation_refuses_bad_input_and_says_what_to_do(change, message):
+    refuses(interpolate, change, message)
+
+
+def test_cuda_checks_values_only_on_request(triton_device):
+    if triton_device.type != "cuda":
+        pytest.skip("needs a CUDA card: there the check would stop the stream")
+    for function, good in GOOD.items():
+        bad = {k: v.cuda() if torch.is_tensor(v) else v for k, v in good.items()}
+        name = "xyz" if "xyz" in bad else "points"
+        bad[name] = bad[name].index_fill(1, torch.tensor([3], device="cuda"), torch.nan)
+        function(**bad)
+        with pytest.raises(ValueError, match="holds 2 points with NaN"):
+            function(**bad, check=True)
+
+
+def test_public_functions_have_the_agreed_signatures():
+    names = {f.__name__: list(inspect.signature(f).parameters) for f in GOOD}
+    assert names == dict(farthest_point_sample=["xyz", "m", "start", "lengths", "check"],
+                         knn=["query", "points", "k", "lengths", "check"],
+                         interpolate=["query", "points", "feats", "k", "lengths", "check"])
+
+
+def op_arguments(device):
+    query, points, feats, grad = (t.to(device) for t in interpolate_case(N=5, S=6, C=3))
+    lengths = torch.full((2,), 6, device=device)
+    source = torch.randint(0, 12, (2, 5, 3)).to(device)
+    weight = torch.rand(2, 5, 3).to(device)
+    return {"farthest_point_sample": (points, 3, torch.zeros_like(lengths), lengths, True),
+            "knn": (query, points, 2, lengths, True),
+            "interpolate": (feats.requires_grad_(), source, weight),
+            "interpolate_backward": (grad, source, weight, 6)}
+
+
+OPERATORS = ["farthest_point_sample", "knn", "interpolate", "interpolate_backward"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_passes_opcheck_in_torch(name):
+    operator = getattr(torch.ops.nanoepcl, name).default
+    torch.library.opcheck(operator, op_arguments(torch.device("cpu"))[name])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_passes_opcheck_in_triton(triton_device, name):
+    operator = getattr(torch.ops.nanoepcl, name).default
+    torch.library.opcheck(operator, op_arguments(triton_device)[name])
+
+
+def grouped_features(xyz, feats):  # all three functions in a row, as a model would use them
+    centres = xyz.gather(1, farthest_point_sample(xyz, 4)[..., None].expand(-1, -1, 3))
+    dist2, index = knn(centres, xyz, 5)
+    return interpolate(xyz, centres, feats) * 2, dist2, index
+
+
+def test_torch_compile_passes_through_without_a_graph_break():
+    xyz, feats = make_cloud("random", 2, 30), torch.randn(2, 4, 8, requires_grad=True)
+    plain = grouped_features(xyz, feats)
+    compiled = torch.compile(grouped_features, fullgraph=True, backend="aot_eager")
+    for a, b in zip(plain, compiled(xyz, feats)):
+        assert torch.equal(a, b)
+    gradients = [torch.autograd.grad(f(xyz, feats)[0].sum(), feats)[0]
+                 for f in (grouped_features, compiled)]
+    assert torch.equal(*gradients)
+    with pytest.raises(ValueError, match="holds 60 points with NaN"):  # checked when compiled, too
+        compiled(xyz * torch.nan, feats)
+
+
+def test_a_gradient_asked_of_the_coordinates_stays_away():
+    xyz = torch.rand(1, 9, 3, requires_grad=True)
+    assert not knn(xyz, xyz, 2)[0].requires_grad
+    feats = torch.rand(1, 9, 4, requires_grad=True)
+    interpolate(xyz[:, :3], xyz, feats).sum().backward()
+    assert xyz.grad is None and feats.grad is not None
+
+
+def test_everything_runs_where_triton_is_absent():
+    assert in_a_fresh_process("""
+        import sys
+        sys.modules["triton"] = None  # import triton raises ImportError
+        import torch
+        from kernels import farthest_point_sample, interpolate, knn
+        xyz, feats = torch.rand(2, 50, 3), torch.rand(2, 50, 4, requires_grad=True)
+        farthest_point_sample(xyz, 9)
+        knn(xyz, xyz, 4)
+        interpolate(xyz, xyz, feats).sum().backward()
+        print("fine")
+    """, TRITON_INTERPRET="1") == "fine\n"
+
+
+@pytest.mark.parametrize("name", ["fps", "knn", "interpolate"])
+def test_each_file_checks_itself_when_run(name):
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    run = subprocess.run([sys.executable, ROOT / "kernels" / f"{name}.py"], env=clean,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("ok: ") and run.stdout.count("\n") == 1
