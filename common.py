@@ -212,7 +212,7 @@ def fingerprint(named_tensors):
 
 
 CLIP_NAMES = ("openai, MODEL/TAG of open_clip (ViT-B-16/laion2b_s34b_b88k), ViT-B-32.pt as OpenAI ships "
-              "it, MODEL=FILE, timm:NAME=FILE, or random")
+              "it, MODEL=FILE, timm:NAME=FILE, random, or timm:NAME=random")
 
 
 def load_clip(name, seed=0, trainable=False):
@@ -223,7 +223,7 @@ def load_clip(name, seed=0, trainable=False):
     which does not say, is only taken in the form in which OpenAI ships it.
     """
     if name.startswith("timm:"):
-        return FrozenCLIP(name, timm_parts(*name[5:].partition("=")[::2]), None, trainable)
+        return FrozenCLIP(name, timm_parts(*name[5:].partition("=")[::2], seed), None, trainable)
     model_name, tag, state = "ViT-B-32-quickgelu", None, None
     if name == "openai":
         tag = "openai"
@@ -293,21 +293,24 @@ def open_clip_parts(visual):
             "ln_post": visual.ln_post, "proj": visual.proj}
 
 
-def timm_parts(name, path):
+def timm_parts(name, path, seed):
     """The same parts of a plain ViT of timm: the paper's frozen ImageNet ViT, Table 6.
 
-    timm's ViT has exact GELU, no ln_pre and no projection.
+    timm's ViT has exact GELU, no ln_pre and no projection. path "random" draws untrained weights.
     """
     import timm
     if not path:
-        raise InputError(f"--clip timm:{name}: weights come from a file; write timm:{name}=FILE")
+        raise InputError(f"--clip timm:{name}: weights come from a file; write timm:{name}=FILE or =random")
     if not timm.is_model(name):
         raise InputError(f"--clip timm:{name}: timm has no such model; timm.list_models('vit*') "
                          "prints those it has")
-    vit = timm.create_model(name, pretrained=False).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit = timm.create_model(name, pretrained=False).eval()
     if not isinstance(vit, timm.models.VisionTransformer) or vit.cls_token is None:
         raise InputError(f"--clip timm:{name}: not a ViT with a class token; choose another")
-    load_state(vit, read_weights(path)[0], f"--clip timm:{name}={path}", name)
+    if path != "random":
+        load_state(vit, read_weights(path)[0], f"--clip timm:{name}={path}", name)
     position = torch.zeros(vit.embed_dim) if vit.no_embed_class else vit.pos_embed[0, 0].detach()
     return {"class_token": nn.Parameter(vit.cls_token[0, 0].detach().clone()),
             "class_position": nn.Parameter(position.clone()), "ln_pre": vit.norm_pre,

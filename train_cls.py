@@ -374,7 +374,7 @@ def main(argv=None):
               + ("left out" if cfg["no_transformer"] else f"{clip.name}, {'trained, too' if clip.trainable else 'frozen'}"))
     run.print("text     " + ("no text loss" + ("" if cfg["text_loss"] == "off" else f": {clip.name} has no text tower")
                              if text is None else f"{len(text)} prompts, {cfg['text_loss']} products"))
-    if cfg["clip"] == "random" and not cfg["no_transformer"] and not cfg["official"]:
+    if clip.name.endswith("random") and not cfg["no_transformer"]:
         run.print("warning  the transformer has RANDOM weights: these numbers say nothing about CLIP")
 
     if args.eval:

@@ -1,0 +1,91 @@
+"""README.md keeps its promises: every command in it is collected and run here, made small."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import objects
+import train_cls
+from test_cls import CUBE, FACES, ply, shapes
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
+
+
+def test_readme_begins_with_two_commands_and_has_no_blank_left_to_fill():
+    section = README.split("\n## ")[1]
+    assert section.startswith("Two commands")
+    assert [line.split(" && ")[1] for line in section.splitlines() if line.startswith("    ")] == [
+        "python train_cls.py", "python -m pytest -q tests"]
+    assert not re.search(r"@\w+@", README)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_cls.py" in c])
+def test_each_training_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
+    """As written, with small clouds for the data set, a small transformer, and two epochs."""
+    words = shlex.split(command.split(" && ")[-1])
+    words = words[words.index("train_cls.py") + 1:]
+
+    def small(name, *args, **kwargs):
+        splits = []
+        for seed, n in ((1, 4), (2, 2)):
+            clouds = shapes(n, 2048 if name == "scanobjectnn" else 1024, seed)
+            xyz = torch.from_numpy(np.concatenate(list(clouds.values())).astype(np.float32))
+            splits.append(objects.Objects(xyz, torch.arange(3).repeat_interleave(n)))
+        return objects.Splits(*splits, ("ball", "cube", "stick"), f"small clouds instead of {name}")
+
+    load = common.load_clip
+    monkeypatch.setattr(common, "load_clip", lambda name, *a, **k: load(tiny_clip, *a, **k))
+    monkeypatch.setattr(train_cls, "load_objects", small)
+    for name, recipe in train_cls.RECIPES.items():
+        monkeypatch.setitem(train_cls.RECIPES, name, recipe._replace(
+            points=64, groups=8, neighbours=8, stored=1024, epochs=2, batch_size=6))
+    for flag in ("--epochs", "--points", "--groups", "--neighbours", "--batch-size"):
+        if flag in words:
+            words[words.index(flag) + 1] = {"--epochs": "2", "--points": "64"}.get(flag, "8")
+    monkeypatch.chdir(tmp_path)
+    run = next((w for w in words if w.startswith("runs/")), None)
+    if run:                                              # it speaks of a run that a command above it made
+        data = run.split("-")[1]
+        now = common.Stopper.now
+        monkeypatch.setattr(common.Stopper, "now", lambda self, step: "--resume" in words)
+        if "--resume" in words:
+            with pytest.raises(SystemExit):
+                train_cls.main(["--data", data])
+        else:
+            train_cls.main(["--data", data])
+        monkeypatch.setattr(common.Stopper, "now", now)
+    Path("chair.obj").write_text("".join("v {} {} {}\n".format(*v) for v in CUBE) + "".join(
+        "f {} {} {} {}\n".format(*(i + 1 for i in f)) for f in FACES))
+    Path("scan.ply").write_bytes(ply(shapes(1, 128)["ball"][0]))
+    capsys.readouterr()
+    train_cls.main(words)
+    printed = capsys.readouterr().out
+    assert "result   accuracy" in printed or printed.count("ball") == 2
+    if not run:
+        assert list(Path("runs").glob("*/results.json"))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python kernels/")])
+def test_each_kernel_checks_itself(command):
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.startswith("ok: "), done.stderr
+
+
+def test_every_command_of_readme_is_covered_by_a_test_above():
+    for command in COMMANDS:
+        assert "train_cls.py" in command or command.startswith("python kernels/") or "pytest" in command, command
+
+
+def test_every_file_named_in_the_map_exists_and_has_about_that_many_lines():
+    rows = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", README, re.M)
+    assert len(rows) >= 8
+    for name, count in rows:
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(count)) <= 25, f"{name}: {count}"
