@@ -266,6 +266,8 @@ def open_clip_model(model_name, tag=None, seed=0):
         raise InputError(f"--clip: open_clip has no weights {tag} for {model_name}, it has "
                          f"{', '.join(tags) or 'none'}")
     logging.disable(logging.CRITICAL)       # retries, "no pretrained weights": the script says it all
+    if tag and rank() == 0:
+        print(f"loading {model_name}/{tag}; the first time it is downloaded", file=sys.stderr)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -300,7 +302,8 @@ def timm_parts(name, path, seed):
     """
     import timm
     if not path:
-        raise InputError(f"--clip timm:{name}: weights come from a file; write timm:{name}=FILE or =random")
+        raise InputError(f"--clip timm:{name}: weights come from a file; write timm:{name}=FILE, or "
+                         f"timm:{name}=random")
     if not timm.is_model(name):
         raise InputError(f"--clip timm:{name}: timm has no such model; timm.list_models('vit*') "
                          "prints those it has")
@@ -466,7 +469,7 @@ def saved_settings(args, task):
     free |= {"precision", "batch_size"} if args.eval else {"compile"}
     for name, value in vars(args).items():
         was = cfg["recipe"].get(name, cfg.get(name))
-        if value not in (None, False, was) and name not in free:
+        if value is not None and value is not False and value != was and name not in free:
             raise InputError(f"{path}: was trained with {name.replace('_', '-')} {was}, not {value}; "
                              f"leave --{name.replace('_', '-')} out, or start a new run")
     for name in ("root", "workers", "precision"):
@@ -759,6 +762,9 @@ def main_guard(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:               # before the loop: there is nothing to save yet
+        print("stopped before the first step", file=sys.stderr)
+        sys.exit(130)
     finally:
         if world_size() > 1:
             dist.destroy_process_group()

@@ -182,7 +182,7 @@ def read_pcd(blob):
         first = np.cumsum([0, *repeats])
         xyz = np.loadtxt(blob[where:].decode().splitlines(), ndmin=2)[:, first[column]]
     elif header["DATA"] == ["binary"]:      # row after row
-        row = np.dtype([(f"f{i}", t, n) for i, (t, n) in enumerate(zip(types, repeats))])
+        row = np.dtype([(f"f{i}", t, (n,)) for i, (t, n) in enumerate(zip(types, repeats))])
         table = np.frombuffer(blob, row, count, where)
         xyz = np.stack([table[f"f{i}"].reshape(count) for i in column], 1)
     else:                                   # one LZF block, column after column

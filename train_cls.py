@@ -57,9 +57,9 @@ RECIPES = {
     "modelnet10":   Recipe( 1024,   64,   32,  8192,   8,  300,   10,   32, 3e-4, .04, .8, 0.0, True),
     "scanobjectnn": Recipe( 2048,  128,   32,  2048,   1,  300,   10,   32, 3e-4, .04, .8, 0.0, False),
     "folder":       Recipe( 1024,   64,   32,  8192,   2,  300,   10,   32, 3e-4, .04, .8, 0.0, True),
-    "synthetic":    Recipe(  512,   16,   32,  1024,   2,    8,    1,   16, 1e-3, .04, .8, 0.0, True),
+    "synthetic":    Recipe(  512,   16,   32,  1024,   2,    6,    1,   16, 1e-3, .04, .8, 0.0, True),
 }
-SYNTHETIC = (16, 10)        # objects of each class, to train and to test
+SYNTHETIC = (16, 6)         # objects of each class, to train and to test
 PROMPT = "point cloud of a big {}."         # PointCLIP's; the release leaves out the full stop
 TEXT_SCALE = 100.0          # CLIP's own exp(logit_scale), for --text-loss cosine
 
@@ -240,7 +240,7 @@ def evaluate(model, xyz, label, setup, recipe, votes=1, batch=64):
 # --------------------------------------------------------------------------------------------------
 
 def train(model, data, test, text, cfg, run, setup, saved):
-    """The loop. -> (epoch, step, seconds, best as a dict, did it reach the last epoch)."""
+    """The loop. -> where it stopped (epochs, steps, seconds, best), was that the end."""
     recipe, device = Recipe(**cfg["recipe"]), setup.device
     wrapped = setup.wrap(model, cfg["compile"])
     optimizer = torch.optim.AdamW(common.parameter_groups(model, recipe.decay), lr=recipe.lr)
@@ -295,7 +295,7 @@ def train(model, data, test, text, cfg, run, setup, saved):
         seconds, lr = time.time() - started, optimizer.param_groups[0]["lr"]
         at.update(epoch=epoch + 1, step=0, sums=[0.0] * 4, seconds=at["seconds"] + seconds)
         if (epoch - (saved["at"]["epoch"] if saved else 0)) % 20 == 0:
-            run.print("epoch     loss    head    text  train %   test %   mean %        lr      s   left")
+            run.print("epoch     loss    head    text  train %   test %   mean %        lr      s  left")
         run.print(f"{epoch + 1:5d} {(head + similarity) / n:8.4f} {head / n:7.4f} {similarity / n:7.4f} "
                   f"{100 * correct / n:8.2f} {100 * overall:8.2f} {100 * mean:8.2f}  {lr:8.2e} "
                   f"{seconds:6.1f} {seconds * (recipe.epochs - epoch - 1) / 60:4.0f} m"
@@ -329,7 +329,7 @@ def train_step(model, optimizer, xyz, label, rows, text, recipe, cfg, setup):
         # the mean over the batch; between processes gradients are averaged, hence the factor
         ((head + similarity) * common.world_size() / len(rows)).backward()
         correct = (logits.argmax(1) == label[mine]).sum()
-        sums += torch.stack([head, similarity, correct, correct.new_tensor(len(mine))]).detach()
+        sums += torch.stack([head, similarity, correct, torch.full_like(head, len(mine))]).detach()
     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     optimizer.step()
     return sums
@@ -370,10 +370,13 @@ def main(argv=None):
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     run.print(f"data     {cfg['data']}: {len(data.label):,} train, {len(test.label):,} test, "
               f"{len(classes)} classes, {recipe.points} points; {form}")
-    run.print(f"model    {trained:,} weights trained, {frozen:,} frozen; encoder "
-              + ("left out" if cfg["no_transformer"] else f"{clip.name}, {'trained, too' if clip.trainable else 'frozen'}"))
-    run.print("text     " + ("no text loss" + ("" if cfg["text_loss"] == "off" else f": {clip.name} has no text tower")
-                             if text is None else f"{len(text)} prompts, {cfg['text_loss']} products"))
+    encoder = f"{clip.name}, {'trained, too' if clip.trainable else 'frozen'}"
+    run.print(f"model    {trained:,} weights trained, {frozen:,} frozen; transformer "
+              + ("left out" if cfg["no_transformer"] else encoder))
+    if text is not None:
+        run.print(f"text     {len(text)} prompts, {cfg['text_loss']} products")
+    elif cfg["text_loss"] != "off":
+        run.print(f"text     no text loss: {clip.name} has no text tower")
     if clip.name.endswith("random") and not cfg["no_transformer"]:
         run.print("warning  the transformer has RANDOM weights: these numbers say nothing about CLIP")
 
