@@ -1,0 +1,77 @@
+"""synthetic.py: seeds, shapes, areas, and a difficulty that a trivial classifier does not meet."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import objects
+import synthetic
+from synthetic import OBJECT_CLASSES, make_object, object_clouds, sample_surface
+
+
+def test_seeds_decide_everything_and_an_object_does_not_depend_on_how_many_are_made():
+    xyz, label = object_clouds(2, 256, 5)
+    assert xyz.shape == (2 * len(OBJECT_CLASSES), 256, 3) and xyz.dtype == np.float32
+    assert label.tolist() == [k for k in range(len(OBJECT_CLASSES)) for _ in range(2)]
+    np.testing.assert_array_equal(object_clouds(2, 256, 5)[0], xyz)
+    np.testing.assert_array_equal(object_clouds(1, 256, 5)[0], xyz[::2])
+    assert (np.abs(object_clouds(2, 256, 6)[0] - xyz).max((1, 2)) > 1e-3).all()
+    assert np.isfinite(xyz).all()
+
+
+def test_there_are_at_least_15_classes_with_modelnet40_s_names():
+    assert set("chair table sofa bed desk bookshelf lamp bottle cup vase stool monitor airplane car guitar".split()) \
+        <= set(OBJECT_CLASSES) <= set(objects.MODELNET40)
+    assert list(OBJECT_CLASSES) == sorted(OBJECT_CLASSES)
+
+
+@pytest.mark.parametrize("name", OBJECT_CLASSES)
+def test_objects_are_meshes_of_sensible_size_that_stand_on_the_floor(name):
+    for seed in range(10):
+        vertices, faces = make_object(name, np.random.default_rng(seed))
+        low, high = vertices.min(0), vertices.max(0)
+        assert np.isfinite(vertices).all() and 0 <= faces.min() and faces.max() < len(vertices)
+        assert low[2] == pytest.approx(0, abs=1e-5) and np.allclose(low[:2], -high[:2], atol=1e-5)
+        assert 0.05 < (high - low).max() < 16 and (high - low).min() > 0.01
+
+
+def test_points_are_uniform_by_area_and_a_mesh_without_area_is_refused():
+    vertices = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [1, 3, 1], [0, 3, 1], [0, 0, 1], [1, 0, 1]], float)
+    faces = np.array([[0, 1, 2], [0, 2, 3], [6, 7, 4], [6, 4, 5], [0, 0, 1], [2, 2, 2]])    # areas 1, 3, 0
+    xyz = sample_surface(vertices, faces, 20_000, np.random.default_rng(0))
+    share = (xyz[:, 2] > 0.5).mean()
+    assert abs(share - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 20_000)
+    y = np.sort(xyz[xyz[:, 2] > 0.5, 1]) / 3                    # uniform along the larger rectangle
+    assert np.abs(y - np.linspace(0, 1, len(y))).max() < 0.02
+    with pytest.raises(ValueError, match="no area"):
+        sample_surface(vertices, faces[4:], 10, np.random.default_rng(0))
+
+
+def test_the_extents_of_the_bounding_box_do_not_give_the_class_away():
+    train, test = object_clouds(30, 512, 1), object_clouds(15, 512, 2)
+    best = 0
+    for unit in (False, True):
+        for order in (lambda e: e, lambda e: np.sort(e, 1), lambda e: np.c_[np.sort(e[:, :2], 1), e[:, 2]]):
+            features = []
+            for xyz, _ in (train, test):
+                if unit:
+                    xyz = xyz - xyz.mean(1, keepdims=True)
+                    xyz = xyz / np.linalg.norm(xyz, axis=2).max(1)[:, None, None]
+                features.append(order(np.ptp(xyz, axis=1)))
+            mean, std = features[0].mean(0), features[0].std(0)
+            a, b = ((f - mean) / std for f in features)
+            centroids = np.stack([a[train[1] == k].mean(0) for k in range(len(OBJECT_CLASSES))])
+            guess = np.linalg.norm(b[:, None] - centroids, axis=2).argmin(1)
+            best = max(best, (guess == test[1]).mean())
+    assert 0.1 < best < 0.6
+
+
+def test_the_command_line_prints_the_classes_and_writes_files_that_can_be_read(tmp_path):
+    script = Path(synthetic.__file__)
+    done = subprocess.run([sys.executable, script, "--export", tmp_path / "ply"], text=True, capture_output=True)
+    assert done.returncode == 0 and f"{len(OBJECT_CLASSES)} classes" in done.stdout, done.stderr
+    files = sorted((tmp_path / "ply").glob("*.ply"))
+    assert len(files) == 2 * len(OBJECT_CLASSES)
+    assert objects.read_object(files[0].read_bytes(), ".ply")[0].shape == (2048, 3)
