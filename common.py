@@ -1,6 +1,6 @@
-"""EPCL, the model that every script shares: points -> tokens -> frozen CLIP transformer -> features.
+"""EPCL, the model that every script shares: points -> tokens -> frozen CLIP -> features.
 
-"Frozen CLIP Model is An Efficient Point Cloud Backbone", arXiv 2212.04098. Reads from top to bottom:
+"Frozen CLIP Model is An Efficient Point Cloud Backbone", arXiv 2212.04098. From top to bottom:
 
     1  PointTokenizer   a cloud becomes G tokens, one for each patch       section 3.2.1, eq. (9)
     2  TaskToken        a few learned tokens that tell CLIP of the task    section 3.2.1
@@ -8,9 +8,9 @@
     4  EPCLEncoder      1 and 2 through 3: the method                      Figure 3, eq. (5)
     5  a run            device, processes, run folder, checkpoints, flags: nothing of the method
 
-Shapes: B clouds, N points, C extra channels, G patches ("groups"), K neighbours, T task tokens, L tokens
-of a cloud, D width of the transformer, E width of CLIP's image-text space. Coordinates are x, y, z in
-the unit of the data; a script says where it normalises them.
+Shapes: B clouds, N points, C extra channels, G patches ("groups"), K neighbours, T task tokens, L
+tokens of a cloud, D width of the transformer, E width of CLIP's image-text space. Coordinates are
+x, y, z in the unit of the data; a script says where it normalises them.
 """
 import argparse
 import contextlib
@@ -38,7 +38,7 @@ from kernels import farthest_point_sample, knn
 
 
 class InputError(Exception):
-    """What the user gave cannot be used. One line: what, where, what to do. Ends with exit code 2."""
+    """What the user gave cannot be used. One line: what, where, what to do. Exit code 2."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,8 +56,8 @@ class PointTokenizer(nn.Module):
 
     points (B, N, 3 + C) -> tokens (B, G, D), centers (B, G, 3).
 
-    The paper says "three-layer MLP"; the released code has four layers with a max in the middle, and so
-    have we. Their 1x1 convolutions are linear layers over the last axis.
+    The paper says "three-layer MLP"; the released code has four layers with a max in the middle,
+    and so have we. Their 1x1 convolutions are linear layers over the last axis.
     """
 
     def __init__(self, groups, neighbours, width, channels=0):
@@ -75,15 +75,15 @@ class PointTokenizer(nn.Module):
         patches = gather(points, idx)                                   # (B, G, K, 3 + C)
         offset = patches[..., :3] - centers[:, :, None]                 # not scaled, as theirs
         x = self.first(torch.cat([offset, patches[..., 3:]], -1))       # (B, G, K, 256)
-        x = torch.cat([x.amax(2, keepdim=True).expand_as(x), x], -1)    # (B, G, K, 512), patch first
+        x = torch.cat([x.amax(2, keepdim=True).expand_as(x), x], -1)    # (B, G, K, 512)
         return self.second(x).amax(2), centers                          # (B, G, D), (B, G, 3)
 
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over the last axis with the statistics of all processes, on any device.
 
-    torch's SyncBatchNorm does not run on CPUs, and without shared statistics two processes would not
-    follow the loss curve of one.
+    torch's SyncBatchNorm does not run on CPUs, and without shared statistics two processes would
+    not follow the loss curve of one.
     """
 
     def forward(self, x):                                               # (..., C)
@@ -106,8 +106,8 @@ class BatchNorm(nn.BatchNorm1d):
 class Dropout(nn.Dropout):
     """Dropout drawn for the whole batch: a cloud meets the same mask in one process or in eight.
 
-    `Dropout.rows` = (first, last, total) are the rows of the batch that this process holds; `my_rows`
-    sets it before each forward pass.
+    `Dropout.rows` = (first, last, total) are the rows of the batch that this process holds;
+    `my_rows` sets it before each forward pass.
     """
     rows = None
 
@@ -124,10 +124,11 @@ class Dropout(nn.Dropout):
 # --------------------------------------------------------------------------------------------------
 
 class TaskToken(nn.Module):
-    """T learned tokens, the same for every cloud: ids 0..T-1 -> embedding -> two-layer MLP -> (T, D).
+    """T learned tokens, the same for every cloud: ids 0..T-1 -> embedding -> MLP -> (T, D).
 
-    Paper 3.2.1: "a fully-connected layer with several learnable parameters", initialised "as enumerated
-    numbers" after P-tuning v2. The release has an embedding and two layers with GELU, and so have we.
+    Paper 3.2.1: "a fully-connected layer with several learnable parameters", initialised "as
+    enumerated numbers" after P-tuning v2. The release has an embedding and two layers with GELU,
+    and so have we.
     """
 
     def __init__(self, count, width):
@@ -146,8 +147,8 @@ class TaskToken(nn.Module):
 def freeze(module):
     """Turn all parameters into buffers that are not saved, so that nothing is left to train.
 
-    No optimiser finds them in `parameters()`, no checkpoint in `state_dict()`; `.to()` still moves them,
-    and gradients still flow through them to the tokens.
+    No optimiser finds them in `parameters()`, no checkpoint in `state_dict()`; `.to()` still moves
+    them, and gradients still flow through them to the tokens.
     """
     for part in module.modules():
         for name, weight in list(part._parameters.items()):
@@ -159,9 +160,9 @@ def freeze(module):
 class FrozenCLIP(nn.Module):
     """CLIP's image transformer without its patch embedding: what EPCL keeps of it. See `load_clip`.
 
-    class_token, class_position (D,); ln_pre; blocks, each (B, L, D) -> (B, L, D), attending over the L
-    tokens of one cloud; ln_post; proj (D, E) or None. trainable=True leaves the weights as parameters:
-    the paper's "w/o CLIP frozen", Table 4.
+    class_token, class_position (D,); ln_pre; blocks, each (B, L, D) -> (B, L, D), attending over
+    the L tokens of one cloud; ln_post; proj (D, E) or None. trainable=True leaves the weights as
+    parameters: the paper's "w/o CLIP frozen", Table 4.
     """
 
     def __init__(self, name, parts, text=None, trainable=False):
@@ -176,10 +177,10 @@ class FrozenCLIP(nn.Module):
             freeze(self)
 
     def train(self, mode=True):
-        return super().train(mode and self.trainable)                   # frozen: in eval mode, always
+        return super().train(mode and self.trainable)                   # frozen: always eval
 
     def half_weights(self):
-        """Hold the matrices in bf16: half the memory, and no cast in every step. Norms stay fp32."""
+        """Hold the matrices in bf16: half the memory, no cast in every step. Norms stay fp32."""
         for part in self.modules():
             if not isinstance(part, (FrozenCLIP, nn.LayerNorm)):
                 for name, weight in part._buffers.items():
@@ -195,7 +196,7 @@ class FrozenCLIP(nn.Module):
 
     @torch.no_grad()
     def text_features(self, prompts):
-        """CLIP's features of the prompts, not normalised: (len(prompts), E); None without text tower."""
+        """CLIP's features of the prompts, not normalised: (prompts, E); None without text tower."""
         if self.text is None:
             return None
         encode, tokenize = self.text
@@ -203,7 +204,7 @@ class FrozenCLIP(nn.Module):
 
 
 def fingerprint(named_tensors):
-    """sha256 over names and float32 values: the same weights, the same hash, from whichever file."""
+    """sha256 over names and float32 values: the same weights, the same hash, in any file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named_tensors):
         digest.update(name.encode())
@@ -218,9 +219,9 @@ CLIP_NAMES = ("openai, MODEL/TAG of open_clip (ViT-B-16/laion2b_s34b_b88k), ViT-
 def load_clip(name, seed=0, trainable=False):
     """FrozenCLIP from a --clip name (`CLIP_NAMES`). `random` draws its weights from `seed` alone.
 
-    OpenAI trained with QuickGELU, x * sigmoid(1.702 x). In a model with exact GELU the same weights load
-    without a word and every block computes something else; hence "-quickgelu", and hence a bare file,
-    which does not say, is only taken in the form in which OpenAI ships it.
+    OpenAI trained with QuickGELU, x * sigmoid(1.702 x). In a model with exact GELU the same weights
+    load without a word and every block computes something else; hence "-quickgelu", and hence a
+    bare file, which does not say, is only taken in the form in which OpenAI ships it.
     """
     if name.startswith("timm:"):
         return FrozenCLIP(name, timm_parts(*name[5:].partition("=")[::2], seed), None, trainable)
@@ -363,14 +364,14 @@ def load_state(module, state, where, what):
 class EPCLEncoder(nn.Module):
     """Point tokens and task tokens through the frozen transformer, Figure 3.
 
-    tokenizer: points -> tokens (B, G, D), centers (B, G, 3). task_tokens: T. class_token: put CLIP's in
-    front; the detector has none. dropout: before `ln_pre`; the paper's supplement says 0.3, the released
-    classifier has 0.
+    tokenizer: points -> tokens (B, G, D), centers (B, G, 3). task_tokens: T. class_token: put
+    CLIP's in front; the detector has none. dropout: before `ln_pre`; the paper's supplement says
+    0.3, the released classifier has 0.
 
     points -> rows (B, L, D), centers (B, G, 3); L = [1 +] G + T: class, patches, tasks.
 
-    Variants: task_token=False, Table 6. deep_prompt=True, Table 8: fresh tokens for every block instead
-    of one set. transformer=False, L = G: the tokenizer alone, a control that the paper leaves out.
+    Variants: task_token=False, Table 6. deep_prompt=True, Table 8: fresh tokens for every block.
+    transformer=False, L = G: the tokenizer alone, a control that the paper leaves out.
     """
 
     def __init__(self, clip, tokenizer, task_tokens, dropout=0.0, class_token=True, task_token=True,
@@ -400,7 +401,7 @@ class EPCLEncoder(nn.Module):
         for i, block in enumerate(self.clip.blocks):
             if self.prompts is not None:
                 x = torch.cat([x[:, :own], self.prompts[i].expand(len(x), -1, -1)], 1)
-            x = block(x)                                                # x += MSA(LN x); x += MLP(LN x)
+            x = block(x)                                                # x + MSA(LN x), + MLP(LN x)
         return x, centers                                               # (B, 1 + G + T, D)
 
 
@@ -519,7 +520,7 @@ class Setup:
         return contextlib.nullcontext()
 
     def wrap(self, model, compile):
-        """The model as the training loop calls it: compiled, and its gradients shared, where asked."""
+        """The model as the training loop calls it: compiled and with shared gradients, if asked."""
         model = torch.compile(model) if compile else model
         if world_size() == 1:
             return model
@@ -615,7 +616,7 @@ def sizes(model):
 
 
 class Stopper:
-    """Ctrl-C or SIGTERM asks the loop to stop after the step; a second one ends the program at once."""
+    """Ctrl-C or SIGTERM asks the loop to stop after the step; a second one ends it at once."""
 
     def __init__(self):
         self.asked = False

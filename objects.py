@@ -1,11 +1,11 @@
 """Object data sets as their owners publish them: ModelNet40/10, ScanObjectNN, anybody's own folder.
 
     splits = load_objects("folder", "my/meshes", stored=8192, points=1024)
-    splits.train.xyz (S, stored, 3), splits.train.label (S,), splits.test ..., splits.classes, splits.form
+    splits.train.xyz (S, stored, 3), splits.train.label (S,), splits.test, splits.classes
 
-Files are read with numpy, trimesh (OFF, OBJ, STL, PLY) and, where the data is HDF5, h5py; a pickle may
-hold numpy arrays and nothing that could run. Meshes are sampled once, uniformly by area, and kept beside
-the data. Whatever is wrong with a file ends in an InputError of one line that names it.
+Files are read with numpy, trimesh (OFF, OBJ, STL, PLY) and, where the data is HDF5, h5py; a pickle
+may hold numpy arrays and nothing that could run. Meshes are sampled once, uniformly by area, and
+kept beside the data. Whatever is wrong with a file ends in an InputError of one line that names it.
 """
 import hashlib
 import io
@@ -28,8 +28,8 @@ import common
 from common import InputError
 from synthetic import OBJECT_CLASSES, object_clouds, sample_surface
 
-MODELNET40 = tuple("""airplane bathtub bed bench bookshelf bottle bowl car chair cone cup curtain desk
-    door dresser flower_pot glass_box guitar keyboard lamp laptop mantel monitor night_stand person
+MODELNET40 = tuple("""airplane bathtub bed bench bookshelf bottle bowl car chair cone cup curtain
+    desk door dresser flower_pot glass_box guitar keyboard lamp laptop mantel monitor night_stand person
     piano plant radio range_hood sink sofa stairs stool table tent toilet tv_stand vase wardrobe
     xbox""".split())
 MODELNET10 = tuple("bathtub bed chair desk dresser monitor night_stand sofa table toilet".split())
@@ -168,7 +168,7 @@ def read_mesh(blob, suffix):
 
 
 def read_pcd(blob):
-    """Point Cloud Library's PCD 0.7: ascii, binary or binary_compressed -> (N, 3), without NaN rows."""
+    """Point Cloud Library's PCD 0.7, ascii, binary or compressed -> (N, 3), without NaN rows."""
     header, where = {}, 0
     while "DATA" not in header:
         end = blob.index(b"\n", where)      # ValueError where the header is cut short
@@ -248,8 +248,8 @@ def broken(where, error, cure="repair the file or move it out of the data"):
 def prepare(source, stored):
     """One object -> (points (stored, 3) float32, how many of them are its own).
 
-    A mesh is sampled uniformly by area; a larger cloud loses random points, a smaller one repeats its
-    own, which farthest point sampling never picks before all others.
+    A mesh is sampled uniformly by area; a larger cloud loses random points, a smaller one repeats
+    its own, which farthest point sampling never picks before all others.
     """
     xyz, faces = source.read()
     rng = np.random.default_rng(zlib.crc32(source.name.encode()))     # whatever the order of the files
@@ -345,7 +345,7 @@ def read_modelnet(name, root, stored, workers):
 
 
 def read_scanobjectnn(root):
-    """PB_T50_RS, the hardest variant. For OBJ_BG or OBJ_ONLY let --root name the training .h5 file."""
+    """PB_T50_RS, the hardest variant. For the others let --root name the training .h5 file."""
     name = "training_objectdataset_augmentedrot_scale75.h5"
     places = [root] if root.is_file() else [
         root / name, root / "main_split" / name, root / "h5_files" / "main_split" / name]
@@ -438,10 +438,10 @@ def read_dat(path):
 # --------------------------------------------------------------------------------------------------
 
 def prepare_all(sources, classes, root, stored, workers, form):
-    """Sample every object in parallel; the result is kept in ROOT/.nanoepcl-*.npz if that can be written.
+    """Sample every object in parallel; the result is kept in ROOT/.nanoepcl-*.npz if possible.
 
-    The file's name holds a hash of all names, sizes and dates, so changed data is prepared again. It is
-    written under a temporary name: an interrupted run leaves nothing half-written.
+    The file's name holds a hash of all names, sizes and dates, so changed data is prepared again.
+    It is written under a temporary name: an interrupted run leaves nothing half-written.
     """
     every = sources["train"] + sources["test"]
     for path in {s.path for s in every}:

@@ -3,10 +3,11 @@
     python synthetic.py                 the classes, their sizes, and the seconds it takes
     python synthetic.py --export DIR    two scanned objects of each class as .ply, for MeshLab or CloudCompare
 
-Objects carry ModelNet40's class names. They are made of boxes, prisms and surfaces of revolution with random
-proportions and optional parts, then "scanned": cameras, holes, noise. Everything follows from seeds. Metres,
-z up, an object's front looks towards +x. Rooms furnished with these objects will follow here.
-Numbers reached on this data say that a script works and nothing more; never set them beside published ones.
+Objects carry ModelNet40's class names. They are made of boxes, prisms and surfaces of revolution
+with random proportions and optional parts, then "scanned": cameras, holes, noise. Everything
+follows from seeds. Metres, z up, an object's front looks towards +x. Rooms furnished with these
+objects will follow here. Numbers reached on this data say that a script works and nothing more;
+never set them beside published ones.
 """
 import argparse
 import time
@@ -36,8 +37,8 @@ def split(quads):
 
 
 def lathe(profile, at=(0, 0, 0), axis="z", sides=20, squash=1.0):
-    """Surface of revolution. `profile` lists (radius, height) from the bottom up the outside (and, for open
-    vessels, down the inside); `squash` scales x."""
+    """Surface of revolution. `profile` lists (radius, height) from the bottom up the outside (and,
+    for open vessels, down the inside); `squash` scales x."""
     r, h = np.array(profile, float).T
     turn = np.arange(sides) * 2 * np.pi / sides
     ring = np.stack([squash * np.cos(turn), np.sin(turn), np.zeros(sides)], 1)
@@ -66,8 +67,8 @@ def tube(start, end, r0, r1=None, sides=10):
 
 
 def prism(outline, thickness, axis, at=(0, 0, 0)):
-    """`outline` (P, 2), star-shaped seen from its mean, drawn in the plane of the two other axes and
-    extruded to both sides along `axis`."""
+    """`outline` (P, 2), star-shaped seen from its mean, drawn in the plane of the two other axes
+    and extruded to both sides along `axis`."""
     outline = np.array(outline, float)
     p, k = len(outline), "xyz".index(axis)
     flat = np.concatenate([outline, outline.mean(0, keepdims=True)])                 # (P + 1, 2)
@@ -436,8 +437,8 @@ OBJECT_CLASSES = tuple(sorted(RECIPES))
 def make_object(name, rng):
     """A random object of class `name` (one of OBJECT_CLASSES).
 
-    returns vertices (V, 3) float32 in metres and faces (F, 3) int64. It stands on z = 0, its bounding box is
-    centred in x and y, and its front looks towards +x.
+    returns vertices (V, 3) float32 in metres and faces (F, 3) int64. It stands on z = 0, its
+    bounding box is centred in x and y, and its front looks towards +x.
     """
     vertices, faces = join(RECIPES[name](rng))
     low, high = vertices.min(0), vertices.max(0)
@@ -455,7 +456,7 @@ def sample_faces(vertices, faces, n, rng):
     ends = np.cumsum(area, dtype=np.float64)
     if not ends[-1] > 0:
         raise ValueError("its faces have no area")
-    # side="right" steps over faces of zero area; the minimum guards the last rounding of the product
+    # side="right" steps over faces of zero area; the minimum guards the product's last rounding
     face = np.searchsorted(ends, np.minimum(rng.random(n), 1 - 1e-12) * ends[-1], side="right")
     u, v = rng.random((2, n, 1), dtype=np.float32)
     u, v = np.where(u + v > 1, 1 - u, u), np.where(u + v > 1, 1 - v, v)
@@ -469,8 +470,8 @@ def sample_surface(vertices, faces, n, rng):
 
 
 def seen_from(camera, xyz, normal, pixel):
-    """Mask of the surface samples (N, 3) that a camera sees: those that face it and are nearest within their
-    pixel of a spherical depth image (`pixel` in radians)."""
+    """Mask of the surface samples (N, 3) that a camera sees: those that face it and are nearest
+    within their pixel of a spherical depth image (`pixel` in radians)."""
     ray = xyz - camera
     depth = np.linalg.norm(ray, axis=1)
     facing = -(ray * normal).sum(1) / depth                                 # cosine of the angle of incidence
@@ -509,8 +510,9 @@ def scan_object(vertices, faces, points, rng):
 def object_clouds(per_class, points, seed):
     """`per_class` scanned objects of every class, class after class.
 
-    returns xyz (per_class * C, points, 3) float32 in metres, not normalised, and label (per_class * C,) int64.
-    Object i of a class has its own random stream, so it is the same however many others are made.
+    returns xyz (per_class * C, points, 3) float32 in metres, not normalised, and label (per_class *
+    C,) int64. Object i of a class has its own random stream, so it is the same however many others
+    are made.
     """
     xyz = np.empty((len(OBJECT_CLASSES) * per_class, points, 3), np.float32)
     for k, name in enumerate(OBJECT_CLASSES):

@@ -47,10 +47,10 @@ class Recipe(NamedTuple):
     unit: bool              # centre every cloud and scale it into the unit sphere
 
 
-# modelnet40: the released configuration (classification/cfgs/modelnet.yaml); lr and decay are the paper's,
-# 4.1, too. Dropout 0 is the release's, the paper's supplement says 0.3. modelnet10 and folder follow it.
-# scanobjectnn: the paper has no such run; points, groups and no scaling as Point-MAE, the rest as above.
-# synthetic: ours, sized for two CPU cores.
+# modelnet40: the released configuration (classification/cfgs/modelnet.yaml); lr and decay are the
+# paper's, 4.1, too. Dropout 0 is the release's, the paper's supplement says 0.3. modelnet10 and
+# folder follow it. scanobjectnn: the paper has no such run; points, groups and no scaling as
+# Point-MAE, the rest as above. synthetic: ours, sized for two CPU cores.
 RECIPES = {
     #                     points groups neigh stored pool epochs warm batch  lr  decay clip drop unit
     "modelnet40":   Recipe( 1024,   64,   32,  8192,   8,  300,   10,   32, 3e-4, .04, .8, 0.0, True),
@@ -82,9 +82,9 @@ def load_data(cfg):
 def sample_train(xyz, recipe, total, first=0):
     """Random clouds: (b, P, 3), rows first .. first + b of a batch of `total` -> (b, points, 3).
 
-    As the release: shuffle, take the 1200 farthest points for 1024, a random 1024 of those, then scale
-    each axis by 2/3 .. 3/2 and shift it by -0.2 .. 0.2. No rotation. Numbers are drawn for the whole
-    batch, so that a cloud meets the same ones in one process or in eight.
+    As the release: shuffle, take the 1200 farthest points for 1024, a random 1024 of those, then
+    scale each axis by 2/3 .. 3/2 and shift it by -0.2 .. 0.2. No rotation. Numbers are drawn for
+    the whole batch, so that a cloud meets the same ones in one process or in eight.
     """
     b, stored, n = len(xyz), xyz.shape[1], recipe.points
     pool = min(stored, recipe.pool * n)
@@ -179,8 +179,9 @@ def load_official(path):
 def loss_terms(logits, embedding, label, text, kind):
     """Cross-entropy of the head and of the similarities with text (C, 512), summed over the clouds.
 
-    The two are weighted 1 : 1. Paper 3.2.2 calls the second "the same as that in CLIP", which scales both
-    sides to length one and multiplies by 100: kind "cosine". The release takes raw products: "raw".
+    The two are weighted 1 : 1. Paper 3.2.2 calls the second "the same as that in CLIP", which
+    scales both sides to length one and multiplies by 100: kind "cosine". The release takes raw
+    products: "raw".
     """
     head = F.cross_entropy(logits.float(), label, reduction="sum")
     if text is None:
@@ -196,7 +197,7 @@ def loss_terms(logits, embedding, label, text, kind):
 # --------------------------------------------------------------------------------------------------
 
 def accuracies(confusion):
-    """confusion (C, C), true class by predicted -> overall accuracy, mean over classes that occur."""
+    """confusion (C, C), true by predicted -> overall accuracy, mean over classes that occur."""
     correct, count = confusion.diag().double(), confusion.sum(1).double()
     seen = count > 0
     return (correct.sum() / count.sum()).item(), (correct[seen] / count[seen]).mean().item()
@@ -217,8 +218,8 @@ def worst_pairs(confusion, classes, most=5):
 def evaluate(model, xyz, label, setup, recipe, votes=1, batch=64):
     """Confusion matrix (C, C) of clouds (S, points, 3), shared between the processes.
 
-    votes > 1: xyz are the stored clouds (S, P, 3), and logits are averaged over so many random augmented
-    samples of each. The release reports the best of 299 such repeats, we report one.
+    votes > 1: xyz are the stored clouds (S, P, 3), and logits are averaged over so many random
+    augmented samples of each. The release reports the best of 299 such repeats, we report one.
     """
     model.eval()
     classes = model.head[-1].out_features
@@ -314,8 +315,8 @@ def train(model, data, test, text, cfg, run, setup, saved):
 def train_step(model, optimizer, xyz, label, rows, text, recipe, cfg, setup):
     """One step on the clouds `rows`, of which this process takes its share.
 
-    -> sums over its clouds, (4,): loss of the head, of the text, correct, clouds. No value is read back
-    from the device.
+    -> sums over its clouds, (4,): loss of the head, of the text, correct, clouds. No value is read
+    back from the device.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=setup.device)
     optimizer.zero_grad(set_to_none=True)
@@ -489,7 +490,7 @@ def flags(argv):
 
 
 def settings(args):
-    """Flags over recipe, or flags over a saved run -> config, checkpoint or None, run folder or None."""
+    """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/cls-...")
     if args.resume or args.eval:
