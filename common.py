@@ -115,6 +115,8 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         first, last, total = Dropout.rows or (0, len(x), len(x))
+        if last - first != len(x):          # called outside the loop: this is the whole batch
+            first, last, total = 0, len(x), len(x)
         keep = torch.rand(total, *x.shape[1:], device=x.device)[first:last] >= self.p
         return x * keep / (1 - self.p)
 
