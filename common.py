@@ -215,24 +215,29 @@ def fingerprint(named_tensors):
 
 
 CLIP_NAMES = ("openai, MODEL/TAG of open_clip (ViT-B-16/laion2b_s34b_b88k), ViT-B-32.pt as OpenAI ships "
-              "it, MODEL=FILE, timm:NAME=FILE, random, or timm:NAME=random")
+              "it, MODEL=FILE, timm:NAME=FILE; untrained: random, MODEL=random, timm:NAME=random")
 
 
 def load_clip(name, seed=0, trainable=False):
-    """FrozenCLIP from a --clip name (`CLIP_NAMES`). `random` draws its weights from `seed` alone.
+    """FrozenCLIP from a --clip name (`CLIP_NAMES`). `random` draws its weights from `seed` alone;
+    `untrained` of what comes back is the name of the same transformer with random weights.
 
     OpenAI trained with QuickGELU, x * sigmoid(1.702 x). In a model with exact GELU the same weights
     load without a word and every block computes something else; hence "-quickgelu", and hence a
     bare file, which does not say, is only taken in the form in which OpenAI ships it.
     """
     if name.startswith("timm:"):
-        return FrozenCLIP(name, timm_parts(*name[5:].partition("=")[::2], seed), None, trainable)
+        vit, _, path = name[5:].partition("=")
+        clip = FrozenCLIP(name, timm_parts(vit, path, seed), None, trainable)
+        clip.untrained = f"timm:{vit}=random"
+        return clip
     model_name, tag, state = "ViT-B-32-quickgelu", None, None
     if name == "openai":
         tag = "openai"
     elif "=" in name:
         model_name, path = name.split("=", 1)
-        state, _ = read_weights(path)
+        if path != "random":
+            state, _ = read_weights(path)
     elif Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors"):
         state, archive = read_weights(name)
         if not archive:
@@ -248,8 +253,12 @@ def load_clip(name, seed=0, trainable=False):
     model, tokenizer = open_clip_model(model_name, tag, seed)
     if state is not None:
         load_state(model, state, f"--clip {name}", model_name)
-    text = None if name == "random" else (model.requires_grad_(False).encode_text, tokenizer)
-    return FrozenCLIP(name, open_clip_parts(model.visual), text, trainable)
+    text = None
+    if not name.endswith("random"):         # an untrained text tower has nothing to say
+        text = model.requires_grad_(False).encode_text, tokenizer
+    clip = FrozenCLIP(name, open_clip_parts(model.visual), text, trainable)
+    clip.untrained = f"{model_name}=random"
+    return clip
 
 
 OPENAI_MODELS = {           # by the shape of the patch embedding, (D, 3, P, P)
@@ -478,12 +487,15 @@ def saved_settings(args, task):
     for name in ("root", "workers", "precision"):
         cfg[name] = getattr(args, name) or cfg[name]
     cfg["compile"] = cfg["compile"] or args.compile
-    if args.resume and saved["at"]["epoch"] >= cfg["recipe"]["epochs"]:
+    return cfg, saved, path if path.is_dir() else path.parent
+
+
+def check_resume(path, saved):
+    if saved["at"]["epoch"] >= saved["config"]["recipe"]["epochs"]:
         raise InputError(f"--resume {path}: the run is finished, {saved['at']['epoch']} epochs; "
                          f"--eval {path} evaluates it")
-    if args.resume and "optimizer" not in saved:
+    if "optimizer" not in saved:
         raise InputError(f"--resume {path}: holds no optimiser; resume the run's folder or last.pt")
-    return cfg, saved, path if path.is_dir() else path.parent
 
 
 # --- device and processes
@@ -673,14 +685,15 @@ class Run:
                 raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give another "
                                  "folder") from None
 
-    def start(self, cfg, script, saved):
+    def start(self, cfg, script, kept=None):
+        """A new run, or one that goes on: the first `kept` lines of metrics.jsonl were saved, those
+        after them will come again."""
         if not self.first:
             return
-        if saved:                           # lines of epochs that were not saved will come again
+        if kept is not None:
             path = self.folder / "metrics.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            self._write(path.name, "".join(
-                line for line in lines if json.loads(line)["epoch"] <= saved["at"]["epoch"]))
+            self._write(path.name, "".join(lines[:kept]))
         else:
             self.write_json("config.json", {**cfg, "command": sys.argv, "versions": versions()})
             shutil.copy(script, self.folder / Path(script).name)

@@ -1,9 +1,10 @@
-"""Object data sets as their owners publish them: ModelNet40/10, ScanObjectNN, anybody's own folder.
+"""What train_cls.py and train_fewshot.py share: object data sets, and the head that names an object.
 
     splits = load_objects("folder", "my/meshes", stored=8192, points=1024)
     splits.train.xyz (S, stored, 3), splits.train.label (S,), splits.test, splits.classes
+    model = Classifier(clip, len(splits.classes), cfg)
 
-Files are read with numpy, trimesh (OFF, OBJ, STL, PLY) and, where the data is HDF5, h5py; a pickle
+ModelNet40/10, ScanObjectNN and anybody's own folder are read as their owners publish them. Files are read with numpy, trimesh (OFF, OBJ, STL, PLY) and, where the data is HDF5, h5py; a pickle
 may hold numpy arrays and nothing that could run. Meshes are sampled once, uniformly by area, and
 kept beside the data. Whatever is wrong with a file ends in an InputError of one line that names it.
 """
@@ -22,10 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import common
-from common import InputError
+from common import BatchNorm, Dropout, EPCLEncoder, InputError, PointTokenizer
 from synthetic import OBJECT_CLASSES, object_clouds, sample_surface
 
 MODELNET40 = tuple("""airplane bathtub bed bench bookshelf bottle bowl car chair cone cup curtain
@@ -488,3 +491,67 @@ def sample_all(sources, stored, workers):
             collect(pool.map(prepare, sources, [stored] * len(sources), chunksize=16))
     bar.close()
     return xyz, count
+
+
+# --------------------------------------------------------------------------------------------------
+# The head, and its loss
+# --------------------------------------------------------------------------------------------------
+
+PROMPT = "point cloud of a big {}."         # PointCLIP's; the release leaves out the full stop
+TEXT_SCALE = 100.0          # CLIP's own exp(logit_scale), for --text-loss cosine
+
+
+class Classifier(nn.Module):
+    """EPCL with the released classification head.
+
+    points (B, N, 3) -> logits (B, C), embedding (B, 512). The text loss reads the embedding, too.
+    """
+
+    def __init__(self, clip, classes, cfg):
+        super().__init__()
+        recipe = cfg["recipe"]
+        self.encoder = EPCLEncoder(
+            clip, PointTokenizer(recipe["groups"], recipe["neighbours"], clip.width),
+            task_tokens=classes, dropout=recipe["dropout"], task_token=not cfg["no_task_token"],
+            deep_prompt=cfg["deep_prompt"], transformer=not cfg["no_transformer"])
+        wide = clip.width + (0 if cfg["no_transformer"] else clip.embed)
+        self.norm = nn.LayerNorm(clip.width)
+        self.embed = nn.Sequential(nn.Linear(wide, 512), BatchNorm(512), nn.ReLU(), Dropout(0.2),
+                                   nn.Linear(512, 512), nn.LayerNorm(512))
+        self.head = nn.Sequential(Dropout(0.5), nn.Linear(512, 256), BatchNorm(256), nn.ReLU(),
+                                  Dropout(0.5), nn.Linear(256, classes))
+
+    def forward(self, points):
+        x, _ = self.encoder(points)                             # (B, 1 + G + T, 768)
+        if self.encoder.transformer:
+            pooled = self.norm(x[:, 1:]).amax(1)                # (B, 768), task rows included: theirs
+            x = torch.cat([self.encoder.clip.project(x[:, 0]), pooled], 1)        # (B, 512 + 768)
+        else:
+            x = self.norm(x).amax(1)                            # (B, 768)
+        embedding = self.embed(x)                               # (B, 512)
+        return self.head(embedding), embedding
+
+
+def prompt_features(clip, classes):
+    """CLIP's text features of the class names (C, 512), the rows of the text loss; None without tower."""
+    text = clip.text_features([PROMPT.format(name.replace("_", " ")) for name in classes])
+    if text is not None and text.shape[1] != 512:
+        raise InputError(f"--clip {clip.name}: text features have {text.shape[1]} numbers, the "
+                         "embedding of the head has 512; pass --text-loss off")
+    return text
+
+
+def loss_terms(logits, embedding, label, text, kind):
+    """Cross-entropy of the head and of the similarities with text (C, 512), summed over the clouds.
+
+    The two are weighted 1 : 1. Paper 3.2.2 calls the second "the same as that in CLIP", which
+    scales both sides to length one and multiplies by 100: kind "cosine". The release takes raw
+    products: "raw".
+    """
+    head = F.cross_entropy(logits.float(), label, reduction="sum")
+    if text is None:
+        return head, torch.zeros_like(head)
+    embedding = embedding.float()
+    if kind == "cosine":
+        embedding, text = TEXT_SCALE * F.normalize(embedding, dim=1), F.normalize(text, dim=1)
+    return head, F.cross_entropy(embedding @ text.T, label, reduction="sum")

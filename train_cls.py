@@ -5,8 +5,8 @@
     python train_cls.py --data folder --root DIR         your meshes or clouds: DIR/{train,test}/CLASS/*
     python train_cls.py --eval RUN --predict chair.obj   what a saved run takes your file for
 
-To change the data, edit objects.py and RECIPES; the head, `Classifier`; the backbone, pass another
---clip or edit `EPCLEncoder` in common.py.
+To change the data, edit objects.py and RECIPES; the head, `Classifier` in objects.py; the backbone,
+pass another --clip or edit `EPCLEncoder` in common.py.
 """
 import argparse
 import os
@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import common
-from common import BatchNorm, Dropout, EPCLEncoder, FrozenCLIP, InputError, PointTokenizer, gather
+from common import FrozenCLIP, InputError, gather
 from kernels import farthest_point_sample
-from objects import SUFFIXES, Objects, Source, load_objects, prepare, unit_sphere
+from objects import (SUFFIXES, Classifier, Objects, Source, load_objects, loss_terms, prepare,
+                     prompt_features, unit_sphere)
 
 # --------------------------------------------------------------------------------------------------
 # Recipe
@@ -60,8 +60,6 @@ RECIPES = {
     "synthetic":    Recipe(  512,   16,   32,  1024,   2,    6,    1,   16, 1e-3, .04, .8, 0.0, True),
 }
 SYNTHETIC = (16, 6)         # objects of each class, to train and to test
-PROMPT = "point cloud of a big {}."         # PointCLIP's; the release leaves out the full stop
-TEXT_SCALE = 100.0          # CLIP's own exp(logit_scale), for --text-loss cosine
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,39 +102,8 @@ def sample_test(xyz, points, batch=64):
 
 
 # --------------------------------------------------------------------------------------------------
-# Model
+# The authors' checkpoint
 # --------------------------------------------------------------------------------------------------
-
-class Classifier(nn.Module):
-    """EPCL with the released classification head.
-
-    points (B, N, 3) -> logits (B, C), embedding (B, 512). The text loss reads the embedding, too.
-    """
-
-    def __init__(self, clip, classes, cfg):
-        super().__init__()
-        recipe = Recipe(**cfg["recipe"])
-        self.encoder = EPCLEncoder(
-            clip, PointTokenizer(recipe.groups, recipe.neighbours, clip.width), task_tokens=classes,
-            dropout=recipe.dropout, task_token=not cfg["no_task_token"],
-            deep_prompt=cfg["deep_prompt"], transformer=not cfg["no_transformer"])
-        wide = clip.width + (0 if cfg["no_transformer"] else clip.embed)
-        self.norm = nn.LayerNorm(clip.width)
-        self.embed = nn.Sequential(nn.Linear(wide, 512), BatchNorm(512), nn.ReLU(), Dropout(0.2),
-                                   nn.Linear(512, 512), nn.LayerNorm(512))
-        self.head = nn.Sequential(Dropout(0.5), nn.Linear(512, 256), BatchNorm(256), nn.ReLU(),
-                                  Dropout(0.5), nn.Linear(256, classes))
-
-    def forward(self, points):
-        x, _ = self.encoder(points)                             # (B, 1 + G + T, 768)
-        if self.encoder.transformer:
-            pooled = self.norm(x[:, 1:]).amax(1)                # (B, 768), task rows included: theirs
-            x = torch.cat([self.encoder.clip.project(x[:, 0]), pooled], 1)        # (B, 512 + 768)
-        else:
-            x = self.norm(x).amax(1)                            # (B, 768)
-        embedding = self.embed(x)                               # (B, 512)
-        return self.head(embedding), embedding
-
 
 OFFICIAL = {                # names in the authors' released checkpoint -> ours; `clip_vit.` is CLIP
     "encoder.first_conv.": "encoder.tokenizer.first.",
@@ -170,26 +137,6 @@ def load_official(path):
     except Exception as error:
         raise InputError(f"--init-official {path}: not a checkpoint of the authors' classification "
                          f"release ({' '.join(str(error).split())[:150]})") from None
-
-
-# --------------------------------------------------------------------------------------------------
-# Loss
-# --------------------------------------------------------------------------------------------------
-
-def loss_terms(logits, embedding, label, text, kind):
-    """Cross-entropy of the head and of the similarities with text (C, 512), summed over the clouds.
-
-    The two are weighted 1 : 1. Paper 3.2.2 calls the second "the same as that in CLIP", which
-    scales both sides to length one and multiplies by 100: kind "cosine". The release takes raw
-    products: "raw".
-    """
-    head = F.cross_entropy(logits.float(), label, reduction="sum")
-    if text is None:
-        return head, torch.zeros_like(head)
-    embedding = embedding.float()
-    if kind == "cosine":
-        embedding, text = TEXT_SCALE * F.normalize(embedding, dim=1), F.normalize(text, dim=1)
-    return head, F.cross_entropy(embedding @ text.T, label, reduction="sum")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -366,7 +313,7 @@ def main(argv=None):
         run = common.Run(None)
     else:
         run = common.Run(folder or common.new_folder(args.out, "cls", cfg["data"]))
-        run.start(cfg, __file__, saved)
+        run.start(cfg, __file__, saved and saved["at"]["epoch"])
     trained, frozen = common.sizes(model)
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     run.print(f"data     {cfg['data']}: {len(data.label):,} train, {len(test.label):,} test, "
@@ -424,10 +371,7 @@ def build(cfg, saved, setup):
         weights = saved["model"]
     text = None
     if cfg["text_loss"] != "off":
-        text = clip.text_features([PROMPT.format(c.replace("_", " ")) for c in cfg["classes"]])
-        if text is not None and text.shape[1] != 512:
-            raise InputError(f"--clip {clip.name}: text features have {text.shape[1]} numbers, the "
-                             "embedding of the head has 512; pass --text-loss off")
+        text = prompt_features(clip, cfg["classes"])
     clip.text = None                                            # the text tower has done its work
     common.seed_all(cfg["seed"])
     model = Classifier(clip, len(cfg["classes"]), cfg)
@@ -494,7 +438,10 @@ def settings(args):
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/cls-...")
     if args.resume or args.eval:
-        return common.saved_settings(args, "cls")
+        cfg, saved, folder = common.saved_settings(args, "cls")
+        if args.resume:
+            common.check_resume(args.resume, saved)
+        return cfg, saved, folder
     given = {k: v for k, v in vars(args).items() if v is not None}
     data = given.get("data", "synthetic")
     recipe = RECIPES[data]._replace(**{k: given[k] for k in Recipe._fields if k in given})

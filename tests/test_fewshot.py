@@ -1,0 +1,407 @@
+"""train_fewshot.py: episodes, folds, statistics, pairing, resume, wrong input."""
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import objects
+import train_fewshot as fewshot
+from common import InputError
+from objects import MODELNET40, Objects, Splits
+
+CLASSES = ("ball", "cube", "stick", "plate", "ring", "cone")
+TRAIN, TEST = np.repeat(np.arange(6), 5), np.repeat(np.arange(6), 21)
+
+
+def clouds(label, points=96, seed=0):
+    """Clouds that a classifier can tell apart: every class is stretched along its own axes."""
+    stretch = np.array([(1, 1, 1), (3, 1, 1), (1, 3, 1), (1, 1, 3), (3, 3, 1), (1, 3, 3)])
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(len(label), points, 3)) * stretch[label % 6, None]).astype(np.float32)
+
+
+def small_data(*args, **kwargs):
+    parts = [Objects(torch.from_numpy(clouds(label, seed=seed)), torch.from_numpy(label))
+             for seed, label in enumerate((TRAIN, TEST))]
+    return Splits(*parts, CLASSES, "stretched clouds")
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, tiny_clip):
+    """Small data, a small transformer and two epochs in place of the real ones."""
+    monkeypatch.setattr(fewshot, "load_objects", small_data)
+    for name, recipe in fewshot.RECIPES.items():
+        monkeypatch.setitem(fewshot.RECIPES, name, recipe._replace(
+            points=64, groups=8, neighbours=8, stored=96, epochs=2, batch_size=6))
+    monkeypatch.chdir(tmp_path)
+    return ["--way", "3", "--shot", "4", "--episodes", "2", "--clip", tiny_clip]
+
+
+def results(folder="runs/fewshot-synthetic-1"):
+    return json.loads(Path(folder, "results.json").read_text())
+
+
+# --- episodes -------------------------------------------------------------------------------------
+
+def draw(way=3, shot=4, queries=20, seed=(0,), classes=CLASSES):
+    return fewshot.draw_episode(TRAIN, TEST, classes, way, shot, queries, list(seed))
+
+
+def test_an_episode_has_the_right_counts_of_the_right_classes_and_no_cloud_twice():
+    for seed in range(20):
+        episode = draw(seed=(seed,))
+        assert len(set(episode.classes)) == 3
+        for rows, label, count in ((episode.train, TRAIN, 4), (episode.test, TEST, 20)):
+            assert [len(r) for r in rows] == [count] * 3
+            assert len(set(sum(rows, []))) == 3 * count
+            for c, r in zip(episode.classes, rows):
+                assert (label[r] == c).all()
+
+
+def test_the_same_seed_draws_the_same_episode_and_another_seed_another():
+    assert draw(seed=(0, 3, 4, 7)) == draw(seed=(0, 3, 4, 7))
+    assert len({str(draw(seed=(0, 3, 4, i))) for i in range(10)}) == 10
+
+
+def test_every_class_is_drawn_about_equally_often():
+    count = np.bincount(sum((draw(way=2, seed=(s,)).classes for s in range(600)), []), minlength=6)
+    assert (abs(count - 200) < 60).all(), count                     # 5 standard deviations
+
+
+def test_queries_0_takes_the_whole_test_part_of_the_classes():
+    episode = draw(way=6, queries=0)
+    assert sorted(sum(episode.test, [])) == list(range(len(TEST)))
+
+
+@pytest.mark.parametrize("more, words", [
+    (dict(way=7), "7 ways, but there are 6 classes"),
+    (dict(shot=6), "has 5 train clouds, an episode needs 6; pass a smaller --shot"),
+    (dict(queries=22), "has 21 test clouds, an episode needs 22"),
+])
+def test_an_episode_that_the_data_cannot_fill_is_refused(more, words):
+    with pytest.raises(InputError, match=words):
+        draw(**more)
+
+
+def test_an_episode_written_down_is_read_back(tmp_path):
+    data, episode = small_data(), draw()
+    path = tmp_path / "3way_4shot/0.json"
+    fewshot.write_episode(path, episode, data)
+    assert fewshot.find_fold(tmp_path, 3, 4, 0) == path
+    assert fewshot.read_episode(path, data, 3, 4) == episode
+
+
+def test_clouds_of_an_episode_are_those_of_its_rows_with_labels_from_0():
+    data, episode = small_data(), draw()
+    train, test, labels = fewshot.clouds_of(episode, data)
+    assert labels == episode.classes
+    assert train.label.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(test.label) == 60
+    assert torch.equal(train.xyz[5], data.train.xyz[episode.train[1][1]])
+    assert torch.equal(test.xyz[20], data.test.xyz[episode.test[1][0]])
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda e: e["classes"].__setitem__(0, "teapot"), "names the class teapot, which is not in the data"),
+    (lambda e: e["train"][0].__setitem__(0, 999), "names train clouds that are not in the data"),
+    (lambda e: e["test"][0].__setitem__(0, -1), "names test clouds that are not in the data"),
+    (lambda e: e["test"].reverse(), "names test clouds that are not in the data"),
+    (lambda e: e["of"].__setitem__("train", 29), "names train clouds that are not in the data .29 clouds"),
+    (lambda e: e["train"][2].pop(), "is not a 3-way 4-shot episode"),
+    (lambda e: e.pop("of"), "not an episode file"),
+    (lambda e: e.__setitem__("train", "many"), "not an episode file"),
+])
+def test_an_episode_file_that_does_not_fit_the_data_is_refused(tmp_path, change, words):
+    path = tmp_path / "0.json"
+    fewshot.write_episode(path, draw(), small_data())
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=words):
+        fewshot.read_episode(path, small_data(), 3, 4)
+
+
+def fold(way=2, shot=3, queries=4, classes=(39, 7), points=80):
+    """What Point-BERT published, with fewer points."""
+    rng = np.random.default_rng(0)
+    return {part: [(np.concatenate([clouds(np.array([k]), points, rng.integers(99))[0],
+                                    np.zeros((points, 3), np.float32)], 1), k, np.int64(classes[k]))
+                   for k in rng.permutation(np.repeat(np.arange(way), n))]
+            for part, n in (("train", shot), ("test", queries))}
+
+
+RECIPE = fewshot.RECIPES["modelnet40"]._replace(points=64)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", ["2way_3shot", "2way3shot"])
+def test_a_published_fold_is_read_with_its_own_labels(tmp_path, name, protocol):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "0.pkl").write_bytes(pickle.dumps(fold(), protocol))
+    path = fewshot.find_fold(tmp_path, 2, 3, 0)
+    train, test, labels = fewshot.read_pickle(path, MODELNET40, 2, 3, RECIPE)
+    assert [MODELNET40[c] for c in labels] == ["xbox", "car"]
+    assert train.xyz.shape == (6, 80, 3) and test.xyz.shape == (8, 80, 3)
+    assert train.label.tolist() == [k for _, k, _ in fold()["train"]]
+    assert torch.allclose(train.xyz.norm(dim=2).amax(1), torch.ones(6))     # into the unit sphere
+
+
+def spoil(part="train", i=0, points=None, k=None, c=None):
+    content = fold()
+    old = content[part][i]
+    content[part][i] = (old[0] if points is None else points, old[1] if k is None else k,
+                        old[2] if c is None else c)
+    return content
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this must not be printed",)
+
+
+@pytest.mark.parametrize("content, words", [
+    (spoil(c=40), "2 ways"),                                        # two classes under one label
+    (fold(classes=(40, 7)), "names class 40, but the data have 40 classes"),
+    (spoil(k=5), "labels are not those of 2 ways"),
+    (fold(shot=2), "holds 4 training clouds, 2 ways of 3 shots are 6"),
+    (fold(points=50), "fewer than 64 points"),
+    (spoil(points=np.full((80, 6), np.nan, np.float32)), "NaN"),
+    (spoil(points=np.zeros((3, 6), np.float32)), "not a few-shot fold"),
+    ({"train": []}, "not a few-shot fold"),
+    ([1, 2], "not a few-shot fold"),
+    (Evil(), "asks for builtins.print, .*; not a few-shot fold"),
+])
+def test_a_fold_that_is_broken_or_would_run_code_is_refused(tmp_path, content, words, capsys):
+    path = tmp_path / "0.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=f"(?s){path}: .*{words}"):
+        fewshot.read_pickle(path, MODELNET40, 2, 3, RECIPE)
+    assert capsys.readouterr().out == ""
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+def test_mean_and_population_deviation_by_hand():
+    assert fewshot.mean_std([2, 4, 4, 4, 5, 5, 7, 9]) == (5, 2)
+    assert fewshot.percent([0.5, 0.7]) == "60.0 ± 10.0"
+
+
+def test_paired_difference_and_its_interval_by_hand():
+    # differences 1, 2, 3, 4: mean 2.5, sample deviation 1.29099, t(3, 0.975) = 3.18245
+    mean, low, high = fewshot.paired([11, 22, 33, 44], [10, 20, 30, 40])
+    half = 3.182446 * 1.2909944 / 2
+    assert mean == 2.5 and low == pytest.approx(2.5 - half, abs=1e-5) and high == pytest.approx(2.5 + half, abs=1e-5)
+    assert fewshot.paired([1], [0]) == (1, -np.inf, np.inf)
+
+
+def test_pairs_are_formed_by_episode_whatever_the_order_of_the_lines():
+    done = [{"setting": [5, 10], "episode": i, "variant": v, "last": x, "best": x, "seconds": 1.0}
+            for v, scores in (("frozen", (.9, .1, .5)), ("random", (.8, .0, .4)))
+            for i, x in enumerate(scores)]
+    cfg = {"data": "synthetic", "settings": [(5, 10)], "compare": ["frozen", "random"], "table": False,
+           "shots_all": None}
+    forth, back = (fewshot.report(rows, cfg, "tiny") for rows in (done, done[::-1]))
+    assert forth == back
+    assert any("random" in line and "-10.0   [-10.0, -10.0]" in line for line in forth), forth
+    assert any("frozen" in line and "50.0 ± 32.7" in line for line in forth)
+
+
+# --- points ---------------------------------------------------------------------------------------
+
+def test_samples_come_from_their_cloud_and_differ(small):
+    recipe = fewshot.RECIPES["synthetic"]
+    xyz = torch.from_numpy(clouds(np.arange(3), 300))
+    samples = fewshot.presample(xyz, recipe, torch.device("cpu"))               # (3, SAMPLES, 75, 3)
+    assert samples.shape == (3, fewshot.SAMPLES, 75, 3)
+    for cloud, drawn in zip(xyz, samples):
+        own = set(map(tuple, cloud.tolist()))
+        sets = [frozenset(map(tuple, s.tolist())) for s in drawn]
+        assert all(s <= own and len(s) == 75 for s in sets) and len(set(sets)) > 1
+
+
+def test_augmented_points_are_one_sample_scaled_and_shifted():
+    torch.manual_seed(0)
+    samples = torch.randn(5, 4, 75, 3)
+    out = fewshot.augment(samples, 64)                                          # (5, 64, 3)
+    assert out.shape == (5, 64, 3)
+    for b in range(5):
+        fits = []
+        for s in range(4):                  # an axis keeps its order of points under scale and shift
+            lo, hi = samples[b, s].amin(0), samples[b, s].amax(0)
+            scale = (out[b].amax(0) - out[b].amin(0)) / (hi - lo)
+            fits.append(bool((scale <= 1.5 + 1e-5).all()))
+        assert any(fits)
+    flat = fewshot.augment(torch.ones(1000, 4, 75, 3), 64)[:, 0]
+    assert 2 / 3 - .2 - 1e-5 <= flat.min() < .5 and 1.65 < flat.max() <= 1.7 + 1e-5
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+def test_a_run_writes_its_episodes_and_the_same_episodes_give_the_same_numbers(small, capsys):
+    fewshot.main(small)
+    printed = capsys.readouterr().out
+    assert "population standard deviation over 2 episodes" in printed and "best on test" in printed
+    assert "2 of each of 3-way 4-shot, 20 test clouds of each class" in printed
+    first = results()
+    assert first["metrics"]["accuracy"] == np.mean([t["last"] for t in first["trainings"]])
+    assert len(Path("runs/fewshot-synthetic-1/metrics.jsonl").read_text().splitlines()) == 2
+    fewshot.main([*small, "--folds", "runs/fewshot-synthetic-1/episodes"])
+    again = results("runs/fewshot-synthetic-2")
+    for a, b in zip(first["trainings"], again["trainings"]):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    capsys.readouterr()
+    fewshot.main(["--eval", "runs/fewshot-synthetic-1"])
+    assert capsys.readouterr().out.splitlines() == printed.splitlines()[-3:]
+
+
+def test_it_learns_what_can_be_learned(small):
+    fewshot.main([*small, "--epochs", "25", "--lr", "3e-3", "--episodes", "1"])
+    assert results()["metrics"]["accuracy"] > 0.6                   # chance is 1/3
+
+
+def test_compare_trains_all_variants_on_the_same_episodes_from_the_same_start(small, monkeypatch, capsys):
+    seen, fresh = [], fewshot.train_episode
+
+    def spy(model, samples, label, points, *rest):
+        seen.append((samples.sum().item(), points.sum().item(), model.encoder.tokenizer.first[0].weight.sum().item(),
+                     model.embed[0].weight.sum().item(), model.encoder.clip and model.encoder.clip.sha256))
+        return fresh(model, samples, label, points, *rest)
+
+    monkeypatch.setattr(fewshot, "train_episode", spy)
+    names = ["frozen", "random", "unfreeze", "no-task-token", "no-transformer"]
+    fewshot.main([*small, "--seed", "1", "--compare", ",".join(names)])     # seed 0 made tiny_clip
+    printed = capsys.readouterr().out
+    assert len(seen) == 10
+    for episode in (seen[:5], seen[5:]):
+        assert len({row[:3] for row in episode}) == 1               # clouds and tokenizer
+        assert len({row[3] for row in episode[:3]}) == 1            # head, where shapes agree
+        assert [row[4] == episode[0][4] for row in episode] == [True, False, True, True, False]
+    assert seen[2][4] == seen[7][4]                                 # each episode unfreezes CLIP anew
+    lines = printed.splitlines()
+    at = next(i for i, line in enumerate(lines) if "difference to frozen" in line)
+    assert [line.split()[0] for line in lines[at + 1:at + 5]] == names[1:]
+    trained = {t["variant"]: t["trained"] for t in results()["trainings"]}
+    assert trained["frozen"] == trained["random"] > trained["no-task-token"] > trained["no-transformer"]
+    assert trained["unfreeze"] > trained["frozen"]
+
+
+def test_the_frozen_transformer_is_the_same_after_an_episode(small, monkeypatch):
+    kept, init = [], fewshot.Encoders.__init__
+    monkeypatch.setattr(fewshot.Encoders, "__init__", lambda self, *a: (init(self, *a), kept.append(self))[0])
+    fewshot.main([*small, "--compare", "frozen,unfreeze"])
+    weights = dict(kept[0].frozen.named_buffers())
+    assert common.fingerprint(weights.items()) == kept[0].sha256
+    assert common.fingerprint(kept[0].unfrozen.named_parameters()) == kept[0].sha256
+
+
+def test_row_j_of_the_text_loss_is_the_prompt_of_the_class_with_episode_label_j(small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fewshot, "prompt_features", lambda clip, classes: torch.eye(len(classes), 512))
+    monkeypatch.setattr(fewshot, "loss_terms", lambda logits, embedding, label, text, kind: (
+        seen.append(text), (logits.sum() * 0, embedding.sum() * 0))[1])
+    fewshot.main([*small, "--episodes", "1"])
+    episode = json.loads(Path("runs/fewshot-synthetic-1/episodes/3way_4shot/0.json").read_text())
+    assert [CLASSES[i] for i in seen[0].argmax(1).tolist()] == episode["classes"]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_stopped_run_goes_on_to_the_same_result_and_repeats_nothing(small, monkeypatch, capsys, stop):
+    command = [*small, "--compare", "frozen,no-transformer"]
+    fewshot.main([*command, "--out", "whole"])
+    count, now = iter(range(99)), common.Stopper.now
+    monkeypatch.setattr(common.Stopper, "now", lambda self, step: next(count) == stop)   # Ctrl-C in that epoch
+    with pytest.raises(SystemExit) as left:
+        fewshot.main([*command, "--out", "parts"])
+    assert left.value.code == 130 and "--resume parts" in capsys.readouterr().out
+    monkeypatch.setattr(common.Stopper, "now", now)
+    finished = torch.load("parts/last.pt", weights_only=True)["done"]
+    assert len(finished) == stop // 2
+    calls, train = [], fewshot.train_episode
+    monkeypatch.setattr(fewshot, "train_episode", lambda *a: (calls.append(0), train(*a))[1])
+    fewshot.main(["--resume", "parts"])
+    assert len(calls) == 4 - stop // 2
+    whole, parts = (results(f)["trainings"] for f in ("whole", "parts"))
+    assert [{**t, "seconds": 0} for t in whole] == [{**t, "seconds": 0} for t in parts]
+    lines = [json.loads(line) for line in Path("parts/metrics.jsonl").read_text().splitlines()]
+    assert [line["last"] for line in lines] == [t["last"] for t in whole]
+    with pytest.raises(InputError, match="the run is finished"):
+        fewshot.main(["--resume", "parts"])
+
+
+def test_published_folds_need_no_data_set(small, monkeypatch, capsys):
+    monkeypatch.setattr(fewshot, "load_objects", None)
+    for i in range(2):
+        Path("folds/3way_4shot").mkdir(parents=True, exist_ok=True)
+        Path(f"folds/3way_4shot/{i}.pkl").write_bytes(pickle.dumps(fold(3, 4, 20, (7, 8, 0))))
+    fewshot.main([*small, "--data", "modelnet40", "--folds", "folds"])
+    assert results("runs/fewshot-modelnet40-1")["trainings"][0]["classes"] == ["car", "chair", "airplane"]
+    with pytest.raises(InputError, match="folds of ModelNet40; pass --data modelnet40"):
+        fewshot.main([*small, "--folds", "folds"])
+    with pytest.raises(InputError, match="3way_4shot/2.pkl or 2.json; pass --episodes 2"):
+        fewshot.main([*small, "--data", "modelnet40", "--folds", "folds", "--episodes", "3"])
+
+
+def test_the_table_has_a_column_for_every_setting_beside_the_papers(small, monkeypatch, capsys):
+    monkeypatch.setattr(fewshot, "TABLE3", [(2, 3), (3, 4), (9, 1)])
+    monkeypatch.setattr(fewshot, "PUBLISHED", {"EPCL, paper's Table 3": ["95.1 ± 2.7", "97.3 ± 1.6", "91.1 ± 4.2"]})
+    fewshot.main([*small[4:], "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("9-way 1-shot is left out: there are 6 classes" in line for line in lines)
+    at = next(i for i, line in enumerate(lines) if line.split() == ["2w3s", "3w4s", "9w1s"])
+    assert lines[at + 1].startswith("frozen, last epoch") and lines[at + 1].count("±") == 2
+    assert lines[at + 2].startswith("frozen, best epoch on test") and lines[at + 2].endswith(" -")
+    assert lines[at + 3].startswith("EPCL, paper's Table 3") and "ModelNet40, CLIP ViT-B/32" in lines[at + 4]
+
+
+def test_shots_of_all_classes_are_tested_on_the_whole_test_set(small, capsys):
+    fewshot.main([*small[6:], "--shots-all", "4", "--episodes", "1"])
+    printed = capsys.readouterr().out
+    assert "6-way 4-shot, the whole test set" in printed and "EPCL, paper's Table 5" in printed
+    episode = json.loads(Path("runs/fewshot-synthetic-1/episodes/6way_4shot/0.json").read_text())
+    assert len(sum(episode["test"], [])) == len(TEST) and len(sum(episode["train"], [])) == 24
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--way", "7"], "7 ways, but there are 6 classes"),
+    (["--shot", "6"], "has 5 train clouds"),
+    (["--table", "--way", "5"], "three protocols"),
+    (["--unfreeze", "--no-task-token"], "one variant at a time"),
+    (["--unfreeze", "--compare", "frozen"], "one variant at a time"),
+    (["--shots-all", "4", "--folds", "x"], "draws its own clouds"),
+    (["--folds", "nowhere"], "found no 5way_10shot/0.pkl or 0.json"),
+    (["--compile"], "compiled anew"),
+    (["--points", "8", "--groups", "9"], "--groups 9"),
+    (["--resume", "nowhere"], "no such checkpoint"),
+])
+def test_wrong_arguments_are_one_line(small, words, message):
+    with pytest.raises(InputError, match=message) as error:
+        fewshot.main([*words, "--clip", small[-1]] if "--resume" not in words else words)
+    assert "\n" not in str(error.value) and not Path("runs").exists()
+
+
+def test_comparing_random_with_random_is_refused(small):
+    with pytest.raises(InputError, match="is random already"):
+        fewshot.main([*small[:-1], "timm:test_vit=random", "--compare", "frozen,random"])
+
+
+def test_several_processes_are_refused(small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process"):
+        fewshot.main(small)
+
+
+@pytest.mark.parametrize("names", ["frozen,frozen", "frozen,clip", ""])
+def test_compare_takes_known_names_once(names, capsys):
+    with pytest.raises(SystemExit) as left:
+        fewshot.flags(["--compare", names])
+    assert left.value.code == 2
+    assert "--compare" in capsys.readouterr().err
+
+
+def test_the_built_in_data_fill_the_largest_episode_of_the_table():
+    per_class = dict(zip(("train", "test"), fewshot.SYNTHETIC))
+    assert per_class["train"] >= max(s for _, s in fewshot.TABLE3) and per_class["test"] >= fewshot.QUERIES
+    assert objects.load_objects("synthetic", None, 64, 64, synthetic=(1, 1)).train.xyz.shape == (20, 64, 3)
