@@ -1,13 +1,14 @@
-"""Procedural objects: every training script runs with no download.
+"""Procedural objects and rooms: every training script runs with no download.
 
     python synthetic.py                 the classes, their sizes, and the seconds it takes
-    python synthetic.py --export DIR    two scanned objects of each class as .ply, for MeshLab or CloudCompare
+    python synthetic.py --export DIR    two objects of each class and two rooms as .ply, for MeshLab or CloudCompare
 
 Objects carry ModelNet40's class names. They are made of boxes, prisms and surfaces of revolution
 with random proportions and optional parts, then "scanned": cameras, holes, noise. Everything
-follows from seeds. Metres, z up, an object's front looks towards +x. Rooms furnished with these
-objects will follow here. Numbers reached on this data say that a script works and nothing more;
-never set them beside published ones.
+follows from seeds. Metres, z up, an object's front looks towards +x. Rooms are furnished with these
+objects; they carry S3DIS's classes for each point and boxes of furniture named as in ScanNet.
+Numbers reached on this data say that a script works and nothing more; never set them beside
+published ones.
 """
 import argparse
 import time
@@ -522,6 +523,188 @@ def object_clouds(per_class, points, seed):
     return xyz, np.repeat(np.arange(len(OBJECT_CLASSES)), per_class)
 
 
+# ---- rooms ----
+
+ROOM_CLASSES = ("ceiling", "floor", "wall", "beam", "column", "window", "door", "table", "chair",
+                "sofa", "bookcase", "board", "clutter")                     # S3DIS, in its order
+FURNITURE = ("bed", "bookshelf", "cabinet", "chair", "desk", "sofa", "table", "toilet")   # names of ScanNet
+CEILING, FLOOR, WALL, BEAM, COLUMN, WINDOW, DOOR, TABLE, CHAIR, SOFA, BOOKCASE, BOARD, CLUTTER = range(13)
+SHAPE = {"cabinet": "wardrobe"}                                             # make_object's name, where it differs
+SEMANTIC = {"bookshelf": BOOKCASE, "chair": CHAIR, "desk": TABLE, "sofa": SOFA, "table": TABLE}   # others: clutter
+AT_WALL = {"bed": .95, "bookshelf": 1, "cabinet": .95, "chair": .15, "desk": .8, "sofa": .75, "table": .1, "toilet": 1}
+KINDS = (                                   # how often FURNITURE occurs in a kind of room
+    (3, 1, 3, 1, 1, .3, .5, 0),             # bedroom
+    (0, 2, 1, 5, 4, .3, 1, 0),              # office
+    (0, 1, 1, 3, 0, 3, 3, 0),               # living room
+    (0, .3, 2, 1, 0, 0, .5, 5),             # bathroom
+    (1, 1, 1, 1, 1, 1, 1, 1))               # storage
+ON_TOP, ON_FLOOR = ("cup", "lamp", "monitor", "vase", "bottle"), ("stool", "night_stand", "vase", "guitar", "lamp")
+WHITE, GREY, WOOD, DARK = (225, 222, 214), (150, 150, 152), (166, 124, 84), (70, 62, 58)
+BLUE, RED, GREEN = (84, 106, 148), (158, 74, 66), (92, 128, 92)
+PALETTE = {CEILING: (WHITE, (236, 236, 236)), FLOOR: (WOOD, GREY, (178, 162, 140)), WALL: (WHITE, (214, 202, 176), GREY),
+           BEAM: (WHITE, GREY), COLUMN: (WHITE, GREY), WINDOW: ((176, 204, 222), WHITE), DOOR: (WOOD, DARK, WHITE),
+           TABLE: (WOOD, WHITE, DARK), CHAIR: (BLUE, DARK, RED, WOOD), SOFA: (GREY, RED, BLUE, GREEN),
+           BOOKCASE: (WOOD, DARK, WHITE), BOARD: ((240, 240, 240), (58, 88, 70)),
+           CLUTTER: (WHITE, WOOD, GREY, BLUE, RED, GREEN, DARK)}            # they overlap on purpose
+SHARE = {CEILING: .15, FLOOR: .4, WALL: .25}                                # of the density of everything else
+
+
+def make_room(rng, points=40_000, objects=(4, 12)):
+    """A furnished room, as depth cameras in it would have seen it.
+
+    returns arrays: xyz (N, 3) float32 in metres, z up, floor at 0; rgb (N, 3) uint8; semantic (N,)
+    int64 into ROOM_CLASSES; furniture (N,) int64 into FURNITURE and instance (N,) int64, both -1
+    where a point belongs to no box; label (O,) int64, center (O, 3), size (O, 3) float32: the boxes,
+    which bound the instance's points exactly. objects: how many pieces of furniture are tried.
+    """
+    width, depth, height = rng.uniform((3, 3, 2.4), (6, 7, 3.2))
+    parts = shell(rng, width, depth, height)            # (mesh, semantic, furniture or -1) of each part
+    solid = [np.stack([m[0].min(0), m[0].max(0)]) for m, s, _ in parts if s not in (CEILING, FLOOR, WALL)]
+    taken = [(low[:2], high[:2]) for low, high in solid if low[2] < 1]      # doors stay free
+    chance = np.array(KINDS[rng.integers(len(KINDS))], float)
+    for k in rng.choice(len(FURNITURE), rng.integers(objects[0], objects[1] + 1), p=chance / chance.sum()):
+        name = FURNITURE[k]
+        semantic = SEMANTIC.get(name, CLUTTER)
+        mesh = place(rng, SHAPE.get(name, name), width, depth, rng.random() < AT_WALL[name], taken)
+        if mesh is None:
+            continue                                                        # the room is full
+        parts.append((mesh, semantic, k))
+        if name in ("table", "desk", "cabinet") and rng.random() < .6:
+            small = on_top(rng, mesh[0])
+            if small[0][:, 2].max() < height:                               # not through the ceiling
+                parts.append((small, CLUTTER, -1))
+    for name in rng.choice(ON_FLOOR, rng.integers(1, 5)):
+        mesh = place(rng, name, width, depth, rng.random() < .7, taken)
+        parts += [(mesh, CLUTTER, -1)] if mesh else []
+    return scan_room(rng, parts, solid, (width, depth, height), points)
+
+
+def shell(rng, width, depth, height):
+    """Floor, ceiling, four walls, and what is built into them."""
+    corners = np.array([(x, y, z) for x in (0, width) for y in (0, depth) for z in (0, height)])
+    inward = {FLOOR: [(0, 4, 6, 2)], CEILING: [(1, 3, 7, 5)]}               # seen from inside the room
+    parts = [((corners, split(np.array(q))), s, -1) for s, q in inward.items()]
+    walls = np.array([(0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3)])      # x = 0, x = w, y = 0, y = d
+    parts += [((corners, split(q[None])), WALL, -1) for q in walls]
+    side = rng.permutation(4)
+    for k in range(1 + (rng.random() < .3)):
+        w = rng.uniform(.75, 1)
+        parts.append((panel(rng, side[k], width, depth, (.06, w, rng.uniform(1.95, 2.1)), 0), DOOR, -1))
+    for k in range(2, 2 + rng.integers(0, 3)):
+        w, h = rng.uniform((.8, .9), (2, 1.4))
+        pane, frame = (.02, w, h), (.07, .07, h)
+        low = rng.uniform(.75, .95)
+        mesh = panel(rng, side[k], width, depth, pane, low, frame)
+        parts.append((mesh, WINDOW, -1))
+    if rng.random() < .5:
+        w, h = rng.uniform((1, .7), (2, 1.1))
+        parts.append((panel(rng, side[1], width, depth, (.03, w, h), rng.uniform(.9, 1.1)), BOARD, -1))
+    if rng.random() < .35:
+        size = (*rng.uniform(.25, .5, 2), height)
+        parts.append((box(size, (rng.choice([.2, width - .2]), rng.uniform(.2, depth - .2), 0)), COLUMN, -1))
+    if rng.random() < .35:
+        drop = rng.uniform(.2, .4)
+        size, at = (rng.uniform(.2, .4), depth, drop), (rng.uniform(.5, width - .5), depth / 2, height - drop)
+        parts.append((box(size, at), BEAM, -1))
+    return parts
+
+
+def panel(rng, side, width, depth, size, low, frame=None):
+    """A flat box (thickness, width, height) on wall `side`, its bottom at `low`; frame adds four bars."""
+    run = depth if side < 2 else width
+    w = min(size[1], run - .3)
+    meshes = [box((size[0], w, size[2]), (0, 0, low))]
+    if frame:
+        t, b, h = frame
+        meshes += [box((t, b, h), (0, s * w / 2, low)) for s in (-1, 1)]
+        meshes += [box((t, w + b, b), (0, 0, z)) for z in (low - b / 2, low + h - b / 2)]
+    vertices, faces = join(meshes)
+    return on_wall(vertices, side, rng.uniform(.1 + w / 2, run - .1 - w / 2), width, depth), faces
+
+
+def on_wall(vertices, side, along, width, depth):
+    """Turn a front that looks towards +x away from wall `side`, and move x = 0 onto that wall."""
+    x, y, z = vertices.T
+    x, y = {0: (x, along + y), 1: (width - x, along - y), 2: (along - y, x), 3: (along + y, depth - x)}[int(side)]
+    return np.stack([x, y, z], 1)
+
+
+def place(rng, name, width, depth, at_wall, taken):
+    """An object that stands where nothing else does, or None after 20 tries."""
+    vertices, faces = make_object(name, rng)
+    vertices = vertices * rng.uniform(.9, 1.1, 3)
+    vertices = vertices * min(1, 2.3 / vertices[:, 2].max())                # the lowest ceiling is at 2.4
+    for _ in range(20):
+        turned = vertices @ yaw(rng.normal(0, .05))
+        if at_wall:
+            side = rng.integers(4)
+            turned = turned - (turned[:, 0].min() - rng.uniform(.02, .1), 0, 0)
+            turned = on_wall(turned, side, rng.uniform(0, depth if side < 2 else width), width, depth)
+        else:
+            turned = turned @ yaw(rng.integers(4) * np.pi / 2) + (*rng.uniform(0, (width, depth)), 0)
+        low, high = turned.min(0)[:2], turned.max(0)[:2]
+        inside = (low > 0).all() and (high < (width, depth)).all()
+        if inside and all((low > h + .05).any() or (high < n - .05).any() for n, h in taken):
+            taken.append((low, high))
+            return turned, faces
+    return None
+
+
+def yaw(angle):
+    return np.array([(np.cos(angle), np.sin(angle), 0), (-np.sin(angle), np.cos(angle), 0), (0, 0, 1)])
+
+
+def on_top(rng, support):
+    """A small object on the top of another, given by its vertices."""
+    vertices, faces = make_object(rng.choice(ON_TOP), rng)
+    low, high = support.min(0), support.max(0)
+    at = rng.uniform(low * .7 + high * .3, low * .3 + high * .7)
+    return vertices @ yaw(rng.uniform(0, 2 * np.pi)) + (at[0], at[1], high[2]), faces
+
+
+def scan_room(rng, parts, solid, size, points):
+    """Sample all surfaces, keep what three cameras see, add noise and colour. See `make_room`."""
+    vertices, faces = join([mesh for mesh, _, _ in parts])
+    part = np.repeat(np.arange(len(parts)), [len(mesh[1]) for mesh, _, _ in parts])         # (F,)
+    semantic, furniture = (np.array(column) for column in zip(*((s, k) for _, s, k in parts)))
+    thin = np.array([SHARE.get(s, 1) for s in semantic])
+    xyz, face, normal = sample_faces(vertices.astype(np.float32), faces, 9 * points, rng)
+    keep = rng.random(len(xyz)) < thin[part[face]]
+    xyz, face = xyz[keep], face[keep]
+    plain = np.isin(semantic[part[face]], (CEILING, FLOOR, WALL))
+    for low, high in solid:                             # no wall behind a door, no ceiling inside a beam
+        inside = plain & (xyz > low - .02).all(1) & (xyz < high + .02).all(1)
+        xyz, face, plain = xyz[~inside], face[~inside], plain[~inside]
+    pixel, seen = 7 / np.sqrt(len(xyz)), np.zeros(len(xyz), bool)           # about three samples in each
+    for _ in range(3):
+        camera = rng.uniform((.2, .2, 1.2), (.8, .8, 1.2)) * (*size[:2], 1) + (0, 0, rng.uniform(0, .9))
+        seen |= seen_from(camera.astype(np.float32), xyz, normal[face], pixel)
+    order = np.resize(rng.permutation(np.flatnonzero(seen)), points)        # repeats when too few were seen
+    xyz, face = xyz[order], face[order]
+    xyz = (xyz + rng.normal(0, .005, xyz.shape)).astype(np.float32)         # (N, 3)
+
+    base = np.array([rng.choice(PALETTE[s]) for s in semantic]) * rng.uniform(.85, 1.12, (len(parts), 1))
+    light = rng.uniform(.85, 1.08, 3) * (.85 + .15 * normal[face, 2:])      # the room's tint; tops are brighter
+    rgb = base[part[face]] * light + rng.normal(0, 9, xyz.shape)
+    part = part[face]
+    instance, chosen = np.full(len(xyz), -1), []
+    for p in np.flatnonzero(furniture >= 0):
+        mine = part == p
+        if np.count_nonzero(mine) >= max(10, points // 800):                # less of it is no object to find
+            instance[mine] = len(chosen)
+            chosen.append((furniture[p], xyz[mine].min(0), xyz[mine].max(0)))
+    label, low, high = (np.array([c[i] for c in chosen]) for i in range(3))
+    low, high = (x.reshape(-1, 3).astype(np.float32) for x in (low, high))
+    return {"xyz": xyz, "rgb": rgb.clip(0, 255).astype(np.uint8), "semantic": semantic[part],
+            "furniture": np.where(instance >= 0, furniture[part], -1), "instance": instance,
+            "label": label.astype(np.int64), "center": (low + high) / 2, "size": high - low}
+
+
+def room_scenes(count, points, seed, objects=(4, 12)):
+    """`count` rooms (see `make_room`); room i is the same however many others are made."""
+    return [make_room(np.random.default_rng([seed, i]), points, objects) for i in range(count)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--export", metavar="DIR", type=Path, help="write .ply files there")
@@ -533,14 +716,33 @@ def main():
     for k, name in enumerate(OBJECT_CLASSES):
         print(f"{name:12s}", *(f"{size:6.2f}" for size in np.ptp(xyz[2 * k], axis=0)))
     print(f"{len(OBJECT_CLASSES)} classes, {1e3 * seconds:.1f} ms for an object of 2,048 points")
+    started = time.time()
+    rooms = room_scenes(10, 40_000, 0)
+    seconds = (time.time() - started) / len(rooms)
+    semantic, boxes = (np.concatenate([room[key] for room in rooms]) for key in ("semantic", "label"))
+    print("share of a room's points:", *(f"{name} {100 * np.mean(semantic == k):.0f} %"
+                                         for k, name in enumerate(ROOM_CLASSES)))
+    print("boxes in 10 rooms:", *(f"{name} {np.sum(boxes == k)}" for k, name in enumerate(FURNITURE)))
+    print(f"{1e3 * seconds:.0f} ms for a room of 40,000 points")
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         for i, cloud in enumerate(xyz):
-            head = (f"ply\nformat binary_little_endian 1.0\nelement vertex {len(cloud)}\nproperty float x\n"
-                    "property float y\nproperty float z\nend_header\n")
-            name = f"{OBJECT_CLASSES[label[i]]}_{i % 2}.ply"
-            (folder / name).write_bytes(head.encode() + cloud.astype("<f4").tobytes())
-        print(f"{len(xyz)} files in {folder}")
+            write_ply(folder / f"{OBJECT_CLASSES[label[i]]}_{i % 2}.ply", cloud)
+        for i in range(2):
+            write_ply(folder / f"room_{i}.ply", rooms[i]["xyz"], rooms[i]["rgb"])
+        print(f"{len(xyz) + 2} files in {folder}")
+
+
+def write_ply(path, xyz, rgb=None):
+    """Points (N, 3), and colours (N, 3) uint8 if given, as binary PLY."""
+    row = [(axis, "<f4") for axis in "xyz"] + [(c, "u1") for c in ("red", "green", "blue") if rgb is not None]
+    table = np.empty(len(xyz), row)
+    for (name, _), column in zip(row, [*xyz.T, *(() if rgb is None else rgb.T)]):
+        table[name] = column
+    kind = {"<f4": "float", "u1": "uchar"}
+    head = [f"ply\nformat binary_little_endian 1.0\nelement vertex {len(xyz)}",
+            *(f"property {kind[k]} {name}" for name, k in row), "end_header\n"]
+    path.write_bytes("\n".join(head).encode() + table.tobytes())
 
 
 if __name__ == "__main__":

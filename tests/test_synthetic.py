@@ -73,5 +73,67 @@ def test_the_command_line_prints_the_classes_and_writes_files_that_can_be_read(t
     done = subprocess.run([sys.executable, script, "--export", tmp_path / "ply"], text=True, capture_output=True)
     assert done.returncode == 0 and f"{len(OBJECT_CLASSES)} classes" in done.stdout, done.stderr
     files = sorted((tmp_path / "ply").glob("*.ply"))
-    assert len(files) == 2 * len(OBJECT_CLASSES)
+    assert len(files) == 2 * len(OBJECT_CLASSES) + 2
+    assert objects.read_object((tmp_path / "ply/room_1.ply").read_bytes(), ".ply")[0].shape == (40_000, 3)
     assert objects.read_object(files[0].read_bytes(), ".ply")[0].shape == (2048, 3)
+
+
+# --- rooms ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def rooms():
+    return synthetic.room_scenes(24, 4096, 5)
+
+
+def test_a_room_depends_on_its_seed_and_number_alone(rooms):
+    again = synthetic.make_room(np.random.default_rng([5, 3]), 4096)
+    assert all(np.array_equal(again[key], rooms[3][key]) for key in again)
+    assert not np.array_equal(rooms[2]["xyz"], rooms[3]["xyz"])
+
+
+def test_a_room_has_the_promised_arrays(rooms):
+    for room in rooms:
+        assert room["xyz"].shape == room["rgb"].shape == (4096, 3)
+        assert room["xyz"].dtype == np.float32 and room["rgb"].dtype == np.uint8
+        assert all(room[key].dtype == np.int64 for key in ("semantic", "furniture", "instance", "label"))
+        assert np.isfinite(room["xyz"]).all() and 0 <= room["semantic"].min() <= room["semantic"].max() < 13
+        assert len(room["label"]) == len(room["center"]) == len(room["size"]) == room["instance"].max() + 1 <= 12
+        extent = np.ptp(room["xyz"], axis=0)
+        assert (extent > (2, 2, 2)).all() and (extent < (6.2, 7.2, 3.4)).all()
+
+
+def test_a_box_bounds_the_points_of_its_instance_and_knows_their_class(rooms):
+    for room in rooms:
+        assert ((room["instance"] >= 0) == (room["furniture"] >= 0)).all()
+        for i, (label, center, size) in enumerate(zip(room["label"], room["center"], room["size"])):
+            mine = room["xyz"][room["instance"] == i]
+            assert len(mine) >= 10 and (size > 0).all()
+            np.testing.assert_allclose([center - size / 2, center + size / 2], [mine.min(0), mine.max(0)], atol=1e-5)
+            assert (room["furniture"][room["instance"] == i] == label).all()
+
+
+def test_every_class_occurs_and_furniture_has_its_semantic_class(rooms):
+    semantic, furniture, label = (np.concatenate([room[key] for room in rooms])
+                                  for key in ("semantic", "furniture", "label"))
+    assert set(semantic) == set(range(len(synthetic.ROOM_CLASSES)))
+    assert set(label) == set(range(len(synthetic.FURNITURE))) and len(synthetic.FURNITURE) >= 8
+    chair = synthetic.FURNITURE.index("chair")
+    assert set(semantic[furniture == chair]) == {synthetic.ROOM_CLASSES.index("chair")}
+    assert (furniture[semantic == synthetic.ROOM_CLASSES.index("clutter")] == -1).any()     # clutter without a box
+
+
+def test_furniture_does_not_overlap(rooms):
+    for room in rooms:
+        low, high = room["center"] - room["size"] / 2, room["center"] + room["size"] / 2
+        for i in range(len(low)):
+            for j in range(i):
+                assert not ((low[i] + .03 < high[j]) & (low[j] + .03 < high[i]))[:2].all()
+
+
+def test_rooms_are_partial_views_with_everything_an_eye_expects(rooms):
+    for room in rooms:
+        z, s = room["xyz"][:, 2], room["semantic"]
+        floor, ceiling = z[s == 1], z[s == 0]
+        assert abs(floor).max() < .05 and np.ptp(ceiling) < .06 and ceiling.min() > 2.3
+        for label, center, size in zip(room["label"], room["center"], room["size"]):
+            assert (center - size / 2)[2] > -.05
