@@ -477,7 +477,8 @@ def saved_settings(args, task):
         raise InputError("--resume goes on with a run, --eval only looks at it; give one of them")
     path = Path(args.resume or args.eval)
     saved = load_checkpoint(path, task)
-    cfg, free = saved["config"], {"root", "resume", "eval", "device", "workers", "predict", "vote"}
+    cfg, free = saved["config"], {"root", "resume", "eval", "device", "workers", "predict", "vote",
+                                 "export", "skip_broken"}
     free |= {"precision", "batch_size"} if args.eval else {"compile"}
     for name, value in vars(args).items():
         was = cfg["recipe"].get(name, cfg.get(name))

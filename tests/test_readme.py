@@ -1,4 +1,6 @@
 """README.md keeps its promises: every command in it is collected and run here, made small."""
+import contextlib
+import pickle
 import re
 import shlex
 import subprocess
@@ -11,7 +13,9 @@ import torch
 
 import common
 import objects
+import test_fewshot
 import train_cls
+import train_fewshot
 from test_cls import CUBE, FACES, ply, shapes
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +78,45 @@ def test_each_training_command_runs(command, tmp_path, monkeypatch, tiny_clip, c
         assert list(Path("runs").glob("*/results.json"))
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_fewshot.py" in c])
+def test_each_few_shot_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
+    """As written, with few small clouds for the data set, a small transformer, one epoch, two episodes."""
+    words = shlex.split(command)[2:]
+    load = common.load_clip
+
+    def small_clip(name, seed=0, trainable=False):
+        return load("timm:test_vit=random" if name.endswith("random") else tiny_clip, seed + 1, trainable)
+
+    monkeypatch.setattr(common, "load_clip", small_clip)
+    monkeypatch.setattr(train_fewshot, "load_objects", test_fewshot.small_data)
+    monkeypatch.setattr(train_fewshot, "MODELNET40", test_fewshot.CLASSES)
+    monkeypatch.setattr(train_fewshot, "TABLE3", [(2, 3), (2, 4), (3, 3), (3, 4), (9, 3)])
+    for name, recipe in train_fewshot.RECIPES.items():
+        monkeypatch.setitem(train_fewshot.RECIPES, name, recipe._replace(
+            points=64, groups=8, neighbours=8, stored=96, epochs=1, batch_size=6))
+    for flag, value in (("--way", "3"), ("--shot", "4"), ("--shots-all", "3")):
+        if flag in words:
+            words[words.index(flag) + 1] = value
+    small = ["--episodes", "2"] + ["--way", "3", "--shot", "4"] * (
+        "--shots-all" not in words and "--table" not in words)
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        Path("data/ModelNetFewshot/3way_4shot").mkdir(parents=True, exist_ok=True)
+        Path(f"data/ModelNetFewshot/3way_4shot/{i}.pkl").write_bytes(
+            pickle.dumps(test_fewshot.fold(3, 4, 20, (5, 2, 0))))
+    run = next((w for w in words if w.startswith("runs/")), None)
+    if run:                                              # it speaks of a run that a command above it made
+        now = common.Stopper.now
+        monkeypatch.setattr(common.Stopper, "now", lambda self, step: "--resume" in words)
+        with pytest.raises(SystemExit) if "--resume" in words else contextlib.nullcontext():
+            train_fewshot.main(["--data", run.split("-")[1], *small])
+        monkeypatch.setattr(common.Stopper, "now", now)
+    capsys.readouterr()
+    train_fewshot.main(words if run else [*small, *words])
+    assert "mean ± population standard deviation" in capsys.readouterr().out
+    assert list(Path("runs").glob("fewshot-*/results.json"))
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python kernels/")])
 def test_each_kernel_checks_itself(command):
     done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, text=True, capture_output=True)
@@ -82,7 +125,7 @@ def test_each_kernel_checks_itself(command):
 
 def test_every_command_of_readme_is_covered_by_a_test_above():
     for command in COMMANDS:
-        assert "train_cls.py" in command or command.startswith("python kernels/") or "pytest" in command, command
+        assert any(word in command for word in ("train_cls.py", "train_fewshot.py", "python kernels/", "pytest")), command
 
 
 def test_every_file_named_in_the_map_exists_and_has_about_that_many_lines():
