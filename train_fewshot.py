@@ -459,8 +459,10 @@ def main(argv=None):
     for (way, shot, i), episode in episodes.items():
         if data:
             write_episode(run.folder / f"episodes/{way}way_{shot}shot/{i}.json", episode, data)
+    total = len(episodes) * len(cfg["compare"])
+
     def save():
-        epochs = recipe.epochs if len(done) == len(episodes) * len(cfg["compare"]) else 0
+        epochs = recipe.epochs if len(done) == total else 0
         run.save("last.pt", {"task": "fewshot", "config": cfg, "frozen": cfg["frozen"], "done": done,
                              "at": {"epoch": epochs}})
 
@@ -487,7 +489,7 @@ def main(argv=None):
     run.print(f"run      {run.folder}" + (f", resumed after {len(done)} trainings" if saved else ""))
 
     if not train(todo, episodes, data, classes, encoders, done, cfg, setup, run, save):
-        run.print(f"stopped after {len(done)} of {len(done) + len(todo)} trainings; go on with: "
+        run.print(f"stopped after {len(done)} of {total} trainings; go on with: "
                   f"python train_fewshot.py --resume {run.folder}")
         sys.exit(130)
     for line in report(done, cfg, encoders.name):

@@ -315,7 +315,9 @@ def test_a_stopped_run_goes_on_to_the_same_result_and_repeats_nothing(small, mon
     monkeypatch.setattr(common.Stopper, "now", lambda self, step: next(count) == stop)   # Ctrl-C in that epoch
     with pytest.raises(SystemExit) as left:
         fewshot.main([*command, "--out", "parts"])
-    assert left.value.code == 130 and "--resume parts" in capsys.readouterr().out
+    assert left.value.code == 130
+    assert f"stopped after {stop // 2} of 4 trainings; go on with: python train_fewshot.py --resume parts" \
+        in capsys.readouterr().out
     monkeypatch.setattr(common.Stopper, "now", now)
     finished = torch.load("parts/last.pt", weights_only=True)["done"]
     assert len(finished) == stop // 2
