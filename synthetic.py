@@ -533,10 +533,10 @@ SHAPE = {"cabinet": "wardrobe"}                                             # ma
 SEMANTIC = {"bookshelf": BOOKCASE, "chair": CHAIR, "desk": TABLE, "sofa": SOFA, "table": TABLE}   # others: clutter
 AT_WALL = {"bed": .95, "bookshelf": 1, "cabinet": .95, "chair": .15, "desk": .8, "sofa": .75, "table": .1, "toilet": 1}
 KINDS = (                                   # how often FURNITURE occurs in a kind of room
-    (3, 1, 3, 1, 1, .3, .5, 0),             # bedroom
+    (5, 1, 2, 1, 1, .3, .5, 0),             # bedroom
     (0, 2, 1, 5, 4, .3, 1, 0),              # office
-    (0, 1, 1, 3, 0, 3, 3, 0),               # living room
-    (0, .3, 2, 1, 0, 0, .5, 5),             # bathroom
+    (0, 1, 1, 3, 0, 5, 3, 0),               # living room
+    (0, .3, 2, 1, 0, 0, .5, 4),             # bathroom
     (1, 1, 1, 1, 1, 1, 1, 1))               # storage
 ON_TOP, ON_FLOOR = ("cup", "lamp", "monitor", "vase", "bottle"), ("stool", "night_stand", "vase", "guitar", "lamp")
 WHITE, GREY, WOOD, DARK = (225, 222, 214), (150, 150, 152), (166, 124, 84), (70, 62, 58)
@@ -560,17 +560,26 @@ def make_room(rng, points=40_000, objects=(4, 12)):
     width, depth, height = rng.uniform((3, 3, 2.4), (6, 7, 3.2))
     parts = shell(rng, width, depth, height)            # (mesh, semantic, furniture or -1) of each part
     solid = [np.stack([m[0].min(0), m[0].max(0)]) for m, s, _ in parts if s not in (CEILING, FLOOR, WALL)]
-    taken = [(low[:2], high[:2]) for low, high in solid if low[2] < 1]      # doors stay free
+    taken, tables = [], []                              # bounds (2,), (2,) of what stands already
+    for (vertices, _), s, _ in parts:
+        if s in (COLUMN, WINDOW, DOOR, BOARD):
+            low, high = vertices[:, :2].min(0), vertices[:, :2].max(0)
+            ahead = .5 * (s == DOOR) * (high - low < .1)                    # one can walk through a door
+            taken.append((low - ahead, high + ahead))
     chance = np.array(KINDS[rng.integers(len(KINDS))], float)
-    for k in rng.choice(len(FURNITURE), rng.integers(objects[0], objects[1] + 1), p=chance / chance.sum()):
+    wanted = rng.choice(len(FURNITURE), rng.integers(objects[0], objects[1] + 1), p=chance / chance.sum())
+    for k in sorted(wanted, key=lambda k: FURNITURE[k] == "chair"):         # chairs last: they need a table
         name = FURNITURE[k]
         semantic = SEMANTIC.get(name, CLUTTER)
-        mesh = place(rng, SHAPE.get(name, name), width, depth, rng.random() < AT_WALL[name], taken)
+        beside = tables if name == "chair" and rng.random() < .7 else []
+        mesh = place(rng, SHAPE.get(name, name), width, depth, rng.random() < AT_WALL[name], taken, beside)
         if mesh is None:
             continue                                                        # the room is full
+        if name in ("table", "desk"):
+            tables.append(taken[-1])
         parts.append((mesh, semantic, k))
         if name in ("table", "desk", "cabinet") and rng.random() < .6:
-            small = on_top(rng, mesh[0])
+            small = on_top(rng, *mesh)
             if small[0][:, 2].max() < height:                               # not through the ceiling
                 parts.append((small, CLUTTER, -1))
     for name in rng.choice(ON_FLOOR, rng.integers(1, 5)):
@@ -586,22 +595,28 @@ def shell(rng, width, depth, height):
     parts = [((corners, split(np.array(q))), s, -1) for s, q in inward.items()]
     walls = np.array([(0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3)])      # x = 0, x = w, y = 0, y = d
     parts += [((corners, split(q[None])), WALL, -1) for q in walls]
-    side = rng.permutation(4)
-    for k in range(1 + (rng.random() < .3)):
+    side, doors, windows = rng.permutation(4), 1 + (rng.random() < .3), rng.integers(0, 3)
+    for k in range(doors):
         w = rng.uniform(.75, 1)
         parts.append((panel(rng, side[k], width, depth, (.06, w, rng.uniform(1.95, 2.1)), 0), DOOR, -1))
-    for k in range(2, 2 + rng.integers(0, 3)):
+    for k in range(2, 2 + windows):
         w, h = rng.uniform((.8, .9), (2, 1.4))
         pane, frame = (.02, w, h), (.07, .07, h)
         low = rng.uniform(.75, .95)
         mesh = panel(rng, side[k], width, depth, pane, low, frame)
         parts.append((mesh, WINDOW, -1))
-    if rng.random() < .5:
+    empty = [*side[doors:2], *side[2 + windows:]]                           # walls with nothing on them yet
+    if empty and rng.random() < .55:
         w, h = rng.uniform((1, .7), (2, 1.1))
-        parts.append((panel(rng, side[1], width, depth, (.03, w, h), rng.uniform(.9, 1.1)), BOARD, -1))
+        parts.append((panel(rng, empty[0], width, depth, (.03, w, h), rng.uniform(.9, 1.1)), BOARD, -1))
     if rng.random() < .35:
         size = (*rng.uniform(.25, .5, 2), height)
-        parts.append((box(size, (rng.choice([.2, width - .2]), rng.uniform(.2, depth - .2), 0)), COLUMN, -1))
+        for _ in range(10):
+            column = box(size, (rng.choice([.2, width - .2]), rng.uniform(.2, depth - .2), 0))
+            low, high = column[0].min(0) - .02, column[0].max(0) + .02
+            if all((v.max(0) < low).any() or (v.min(0) > high).any() for (v, _), s, _ in parts if s >= BEAM):
+                parts.append((column, COLUMN, -1))                          # it hides nothing on the wall
+                break
     if rng.random() < .35:
         drop = rng.uniform(.2, .4)
         size, at = (rng.uniform(.2, .4), depth, drop), (rng.uniform(.5, width - .5), depth / 2, height - drop)
@@ -629,14 +644,22 @@ def on_wall(vertices, side, along, width, depth):
     return np.stack([x, y, z], 1)
 
 
-def place(rng, name, width, depth, at_wall, taken):
-    """An object that stands where nothing else does, or None after 20 tries."""
+def place(rng, name, width, depth, at_wall, taken, beside=()):
+    """An object that stands where nothing else does, or None after 20 tries. Given `beside`, bounds of
+    tables, it faces one of them in the first ten."""
     vertices, faces = make_object(name, rng)
     vertices = vertices * rng.uniform(.9, 1.1, 3)
     vertices = vertices * min(1, 2.3 / vertices[:, 2].max())                # the lowest ceiling is at 2.4
-    for _ in range(20):
+    for i in range(20):
         turned = vertices @ yaw(rng.normal(0, .05))
-        if at_wall:
+        if beside and i < 10:
+            low, high = beside[rng.integers(len(beside))]
+            turn = yaw(rng.integers(4) * np.pi / 2).round()                 # its front looks along turn[0]
+            turned, front = turned @ turn, turn[0, :2]
+            apart = (high - low + np.ptp(turned[:, :2], axis=0)) / 2 + rng.uniform(.06, .3)
+            at = (low + high) / 2 - front * apart + front[::-1] * (high - low) * rng.uniform(-.25, .25)
+            turned = turned + (*at, 0)
+        elif at_wall:
             side = rng.integers(4)
             turned = turned - (turned[:, 0].min() - rng.uniform(.02, .1), 0, 0)
             turned = on_wall(turned, side, rng.uniform(0, depth if side < 2 else width), width, depth)
@@ -654,12 +677,14 @@ def yaw(angle):
     return np.array([(np.cos(angle), np.sin(angle), 0), (-np.sin(angle), np.cos(angle), 0), (0, 0, 1)])
 
 
-def on_top(rng, support):
-    """A small object on the top of another, given by its vertices."""
+def on_top(rng, support, support_faces):
+    """A small object on the top of another."""
     vertices, faces = make_object(rng.choice(ON_TOP), rng)
-    low, high = support.min(0), support.max(0)
+    low, high = support.min(0)[:2], support.max(0)[:2]
     at = rng.uniform(low * .7 + high * .3, low * .3 + high * .7)
-    return vertices @ yaw(rng.uniform(0, 2 * np.pi)) + (at[0], at[1], high[2]), faces
+    xyz = sample_surface(support, support_faces, 3000, rng)                 # a desk's shelf is above its top
+    z = xyz[np.linalg.norm(xyz[:, :2] - at, axis=1).argsort()[:30], 2].max()
+    return vertices @ yaw(rng.uniform(0, 2 * np.pi)) + (*at, z), faces
 
 
 def scan_room(rng, parts, solid, size, points):
@@ -676,8 +701,9 @@ def scan_room(rng, parts, solid, size, points):
         inside = plain & (xyz > low - .02).all(1) & (xyz < high + .02).all(1)
         xyz, face, plain = xyz[~inside], face[~inside], plain[~inside]
     pixel, seen = 7 / np.sqrt(len(xyz)), np.zeros(len(xyz), bool)           # about three samples in each
-    for _ in range(3):
-        camera = rng.uniform((.2, .2, 1.2), (.8, .8, 1.2)) * (*size[:2], 1) + (0, 0, rng.uniform(0, .9))
+    cameras = rng.uniform((.2, .2, 1.2), (.8, .8, 2.1), (12, 3)) * (*size[:2], 1)
+    low, high = np.array([(v.min(0), v.max(0)) for (v, _), s, _ in parts if s >= BEAM]).transpose(1, 0, 2)
+    for camera in [c for c in cameras if not ((c > low) & (c < high)).all(1).any()][:3]:    # not in a wardrobe
         seen |= seen_from(camera.astype(np.float32), xyz, normal[face], pixel)
     order = np.resize(rng.permutation(np.flatnonzero(seen)), points)        # repeats when too few were seen
     xyz, face = xyz[order], face[order]

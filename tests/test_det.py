@@ -410,7 +410,7 @@ def test_task_tokens_learn_and_the_transformer_does_not(model, rooms):
 
 
 def test_fewer_tokens_take_their_patches_from_fewer_points_and_bad_neighbours_are_replaced():
-    tokenizer = det.SetAbstraction(64, .25, 16, 32).eval()
+    tokenizer = det.SetAbstraction(64, .25, 16, 32).eval()               # of 312 of the points
     points = torch.rand(2, 4096, 3) * 4
     tokens, centers = tokenizer(points)
     assert tokens.shape == (2, 64, 32) and centers.shape == (2, 64, 3)
@@ -455,10 +455,8 @@ def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     """mAP@0.25 above 0.9 on the scenes it was trained on: nothing between data and metric is broken."""
     scenes = [scene_of(r, f"room{i}") for i, r in enumerate(rooms[:2])]
     monkeypatch.setattr(det, "load_scenes", lambda cfg: (scenes, scenes, synthetic.FURNITURE, "two rooms"))
-    make, layer = det.make_batch, det.DecoderLayer                      # without chance, 150 steps will do
+    make = det.make_batch                                               # without chance, 150 steps will do
     monkeypatch.setattr(det, "make_batch", lambda scenes, points, device, seeds=None: make(scenes, points, device))
-    monkeypatch.setattr(det, "Dropout", lambda p: common.Dropout(0.))
-    monkeypatch.setattr(det, "DecoderLayer", lambda width: layer(width, dropout=0.))
     monkeypatch.setitem(det.RECIPES, "synthetic", SMALL._replace(epochs=150, every=150, dropout=0., lr=1e-3, clip_norm=10.))
     det.main(small)
     assert json.loads(Path("runs/det-synthetic-1/results.json").read_text())["metrics"]["map25"] > .9

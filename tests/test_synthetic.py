@@ -137,3 +137,28 @@ def test_rooms_are_partial_views_with_everything_an_eye_expects(rooms):
         assert abs(floor).max() < .05 and np.ptp(ceiling) < .06 and ceiling.min() > 2.3
         for label, center, size in zip(room["label"], room["center"], room["size"]):
             assert (center - size / 2)[2] > -.05
+
+
+def test_boxes_lie_within_the_room(rooms):
+    for room in rooms:
+        shell = room["xyz"][room["semantic"] <= synthetic.WALL]
+        low, high = room["center"] - room["size"] / 2, room["center"] + room["size"] / 2
+        assert (low > shell.min(0) - .05).all() and (high < shell.max(0) + .05).all()
+
+
+@pytest.mark.parametrize("points, objects", [(64, (4, 12)), (1000, (0, 0)), (60_000, (40, 40))])
+def test_any_number_of_points_and_objects_makes_a_room(points, objects):
+    room = synthetic.make_room(np.random.default_rng(3), points, objects)
+    assert len(np.unique(room["xyz"], axis=0)) == points
+    assert room["center"].shape == room["size"].shape == (len(room["label"]), 3) and len(room["label"]) <= objects[1]
+    assert room["label"].dtype == np.int64 and room["center"].dtype == room["size"].dtype == np.float32
+    assert room["instance"].max() == len(room["label"]) - 1
+
+
+def test_doors_windows_boards_and_columns_do_not_overlap():
+    for i in range(60):
+        rng = np.random.default_rng(i)
+        shell = synthetic.shell(rng, *rng.uniform((3, 3, 2.4), (6, 7, 3.2)))
+        bounds = [(v.min(0), v.max(0)) for (v, _), s, _ in shell if s > synthetic.BEAM]
+        for j, (low, high) in enumerate(bounds):
+            assert all((low > h).any() or (high < n).any() for n, h in bounds[:j])
