@@ -759,16 +759,20 @@ def main():
         print(f"{len(xyz) + 2} files in {folder}")
 
 
-def write_ply(path, xyz, rgb=None):
-    """Points (N, 3), and colours (N, 3) uint8 if given, as binary PLY."""
-    row = [(axis, "<f4") for axis in "xyz"] + [(c, "u1") for c in ("red", "green", "blue") if rgb is not None]
-    table = np.empty(len(xyz), row)
-    for (name, _), column in zip(row, [*xyz.T, *(() if rgb is None else rgb.T)]):
-        table[name] = column
-    kind = {"<f4": "float", "u1": "uchar"}
-    head = [f"ply\nformat binary_little_endian 1.0\nelement vertex {len(xyz)}",
-            *(f"property {kind[k]} {name}" for name, k in row), "end_header\n"]
-    path.write_bytes("\n".join(head).encode() + table.tobytes())
+def write_ply(path, xyz, rgb=None, faces=None):
+    """Points (N, 3), and colours (N, 3) uint8 and triangles (F, 3) if given, as binary PLY."""
+    vertex = np.empty(len(xyz), [(axis, "<f4") for axis in "xyz"]
+                      + [(c, "u1") for c in ("red", "green", "blue") if rgb is not None])
+    for name, column in zip(vertex.dtype.names, [*xyz.T, *(() if rgb is None else rgb.T)]):
+        vertex[name] = column
+    kind = {"<f4": "float", "|u1": "uchar"}
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(xyz)}",
+            *(f"property {kind[k]} {name}" for name, k in vertex.dtype.descr)]
+    face = np.empty(0 if faces is None else len(faces), [("n", "u1"), ("v", "<i4", 3)])
+    if faces is not None:
+        face["n"], face["v"] = 3, faces
+        head += [f"element face {len(faces)}", "property list uchar int vertex_indices"]
+    path.write_bytes("\n".join([*head, "end_header\n"]).encode() + vertex.tobytes() + face.tobytes())
 
 
 if __name__ == "__main__":

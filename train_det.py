@@ -10,14 +10,11 @@ To change the data, edit `load_scenes` and RECIPES; the head, `Detector`; the ba
 metres, and parallel to the axes.
 """
 import argparse
-import csv
 import json
 import os
 import sys
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +28,8 @@ from tqdm import tqdm
 import common
 from common import BatchNorm, Dropout, EPCLEncoder, InputError, gather
 from kernels import farthest_point_sample, knn
-from synthetic import FURNITURE, box, join, room_scenes
+from scenes import GET_SCANNET, SCANNET_BOXES, read_npy, read_ply, scannet_scenes
+from synthetic import FURNITURE, box, join, room_scenes, write_ply
 
 # --------------------------------------------------------------------------------------------------
 # Recipe
@@ -44,6 +42,7 @@ class Recipe(NamedTuple):
     radius: float           # of a patch, metres
     neighbours: int         # points of a patch, K
     queries: int            # boxes that the decoder proposes
+    content: str            # of a query before the first layer: "zeros", or the "token" it stands on
     layers: int             # of the decoder
     epochs: int
     warmup: float           # epochs
@@ -54,6 +53,7 @@ class Recipe(NamedTuple):
     dropout: float          # before CLIP
     decoder_dropout: float  # in the decoder's layers
     head_dropout: float     # in the heads
+    cuboid: bool            # train on random parts of a scene
     every: int              # epochs from one evaluation to the next
 
 
@@ -61,10 +61,10 @@ class Recipe(NamedTuple):
 # decoder the paper takes (scripts/scannet_ep1080.sh). folder follows it. synthetic: ours, sized for
 # two CPU cores.
 RECIPES = {
-    #                points tokens radius neigh queries layers epochs warm batch  lr  decay clip drop dec head every
-    "scannet":   Recipe(40000, 2048,  0.2,   64,   256,     8,  1080,    9,   8, 3e-4, .04,  .1,  .3, .1, .3, 10),
-    "folder":    Recipe(40000, 2048,  0.2,   64,   256,     8,  1080,    9,   8, 3e-4, .04,  .1,  .3, .1, .3, 10),
-    "synthetic": Recipe( 4096,  192,  0.5,   32,    96,     3,    36,    1,   4, 1e-3, .04,  .5,  0., 0., 0.,  6),
+    #                points tokens radius neigh queries content layers epochs warm batch lr decay clip drop dec head cuboid every
+    "scannet":   Recipe(40000, 2048, 0.2, 64, 256, "zeros", 8, 1080, 9, 8, 3e-4, 0.04, 0.1, 0.3, 0.1, 0.3, True, 10),
+    "folder":    Recipe(40000, 2048, 0.2, 64, 256, "zeros", 8, 1080, 9, 8, 3e-4, 0.04, 0.1, 0.3, 0.1, 0.3, True, 10),
+    "synthetic": Recipe( 4096,  192, 0.5, 32,  96, "token", 3,   16, 1, 4, 1e-3, 0.04, 0.5, 0.0, 0.0, 0.0, False, 4),
 }
 FINAL_LR = 5e-7             # supplement C
 SYNTHETIC = (200, 40)       # rooms to train and to test
@@ -73,12 +73,8 @@ NO_OBJECT = 0.25            # weight of the class "no object", 3DETR's script
 COST = {"class": 1, "giou": 2}                                  # of the matching
 WEIGHT = {"class": 1, "center": 5, "size": 1, "giou": 1, "angle": 0.5}
 
-SCANNET = {"cabinet": 3, "bed": 4, "chair": 5, "sofa": 6, "table": 7, "door": 8, "window": 9, "bookshelf": 10,
-           "picture": 11, "counter": 12, "desk": 14, "curtain": 16, "refrigerator": 24,
-           "shower curtain": 28, "toilet": 33, "sink": 34, "bathtub": 36, "garbage bin": 39}     # -> nyu40
 HOW_TO_GET = {
-    "scannet": "ask for ScanNet V2 at github.com/ScanNet/ScanNet and pass --root FOLDER with FOLDER/scans/ and "
-               "FOLDER/scannetv2-labels.combined.tsv, or a folder prepared for VoteNet (*_vert.npy, *_bbox.npy, ...)",
+    "scannet": GET_SCANNET,
     "folder": "pass --root FOLDER with FOLDER/{train,val}/NAME.ply (or .npy, .npz) and NAME.json beside each",
 }
 
@@ -110,166 +106,17 @@ def load_scenes(cfg):
 
 
 def load_scannet(root, cfg):
-    """ScanNet V2 as published, or as VoteNet's scripts prepare it; the official split."""
-    prepared = next((p for p in (root, root / "scannet_train_detection_data") if any(p.glob("*_vert.npy"))), None)
-    splits = {}
-    for part in ("train", "val"):
-        splits[part] = (Path(__file__).parent / f"splits/scannetv2_{part}.txt").read_text().split()
-    if prepared is None:
-        if not (root / "scans").is_dir():
-            raise InputError(f"--root {root}: found neither scans/ nor *_vert.npy; {HOW_TO_GET['scannet']}")
-        prepared = prepare_scannet(root, splits["train"] + splits["val"], cfg)
-    found = {p.name.removesuffix("_vert.npy") for p in prepared.glob("*_vert.npy")}
-    names = [[n for n in splits[part] if n in found] for part in ("train", "val")]
-    form = f"{prepared}, {len(names[0])} of 1,201 train and {len(names[1])} of 312 val scenes"
-    if not names[1] and len(names[0]) > 1:                      # a part of the data set: set some aside
-        names = [[n for i, n in enumerate(names[0]) if i % 5], names[0][::5]]
-        form += f"; NOT the official split: every fifth train scene ({len(names[1])}) is the test set"
-    scenes, broken = [[], []], []
-    for part, part_names in zip(scenes, names):
-        for name in tqdm(part_names, desc="reading", unit="scene", disable=None, leave=False):
-            try:
-                part.append(read_prepared(prepared, name))
-            except InputError as error:
-                if not cfg["skip_broken"]:
-                    raise
-                broken.append(f"{error}")
-    return *scenes, tuple(SCANNET), "; ".join([form, *(f"LEFT OUT {b}" for b in broken)])
+    scenes, form = scannet_scenes(root, cfg, read_boxes)
+    return *scenes, tuple(SCANNET_BOXES), form
 
 
-def prepare_scannet(root, names, cfg):
-    """Raw scans -> ROOT/.nanoepcl-votenet/: VoteNet's four files for each scene, in parallel.
-
-    Each scene is written under temporary names and its _vert.npy comes last, so that an interrupted
-    run goes on where it stopped.
-    """
-    out, table = root / ".nanoepcl-votenet", root / "scannetv2-labels.combined.tsv"
-    if not table.is_file():
-        raise InputError(f"{table}: missing; it comes with ScanNet's task data")
-    try:
-        with open(table, newline="") as file:
-            nyu40 = {row["raw_category"]: int(row["nyu40id"]) for row in csv.DictReader(file, delimiter="\t")}
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{table}: not ScanNet's label table ({error}); fetch it again") from None
-    out.mkdir(exist_ok=True)
-    todo = [n for n in names if (root / "scans" / n).is_dir() and not (out / f"{n}_vert.npy").is_file()]
-    if common.rank() == 0 and todo:
-        jobs = [(root / "scans" / n, out, nyu40, cfg["skip_broken"]) for n in todo]
-        with ProcessPoolExecutor(cfg["workers"], get_context("spawn")) as pool:
-            for line in tqdm(pool.map(prepare_scan, *zip(*jobs)), total=len(jobs), desc="preparing",
-                             unit="scene", disable=None, leave=False):
-                if line:
-                    print(f"LEFT OUT {line}", file=sys.stderr)
-    if common.world_size() > 1:
-        torch.distributed.barrier()
-    return out
-
-
-def prepare_scan(folder, out, nyu40, skip):
-    """One raw scan -> four .npy files. -> None, or why it was left out."""
-    try:
-        content = read_raw(folder, nyu40)
-    except InputError as error:
-        if skip:
-            return str(error)
-        raise
-    for name, array in content.items():
-        with open(out / f"{folder.name}_{name}.tmp", "wb") as file:
-            np.save(file, array)
-    for name in content:                                        # vert comes last
-        (out / f"{folder.name}_{name}.tmp").replace(out / f"{folder.name}_{name}.npy")
-
-
-def read_raw(folder, nyu40, most=50_000):
-    """scans/sceneXXXX_XX -> {bbox (k, 7), ins_label, sem_label, vert (n, 6)}: VoteNet's preparation.
-
-    Boxes come from all vertices of the mesh, before 50,000 are drawn. Later objects overwrite earlier
-    ones where they share segments, in the order of the file.
-    """
-    name = folder.name
-    try:
-        path = folder / f"{name}.txt"
-        lines = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
-        lines = {key.strip(): value for key, value in lines.items()}
-        align = np.array(lines["axisAlignment"].split(), np.float64).reshape(4, 4)
-        path = folder / f"{name}_vh_clean_2.ply"
-        vert = read_ply(path.read_bytes())                      # (N, 6)
-        path = folder / f"{name}_vh_clean_2.0.010000.segs.json"
-        segment = np.array(json.loads(path.read_text())["segIndices"], np.int64)
-        path = folder / f"{name}_vh_clean.aggregation.json"
-        if not path.is_file():
-            path = folder / f"{name}.aggregation.json"
-        groups = json.loads(path.read_text())["segGroups"]
-        if len(segment) != len(vert):
-            raise ValueError(f"{len(segment)} segment ids for {len(vert)} vertices")
-        xyz1 = np.concatenate([vert[:, :3], np.ones((len(vert), 1))], 1)
-        vert = np.concatenate([(xyz1 @ align.T)[:, :3], vert[:, 3:]], 1).astype(np.float32)
-        semantic, instance = np.zeros((2, len(vert)), np.int64)
-        label = {}
-        for group in groups:
-            if group["label"] not in nyu40:
-                raise ValueError(f"its label {group['label']!r} is not in scannetv2-labels.combined.tsv")
-            mine = np.isin(segment, group["segments"])
-            label[group["objectId"]] = semantic[mine] = nyu40[group["label"]]
-            instance[mine] = group["objectId"] + 1
-        boxes = []
-        for i in sorted(label):
-            mine = vert[instance == i + 1, :3]
-            if label[i] in SCANNET.values() and len(mine):
-                low, high = mine.min(0), mine.max(0)
-                boxes.append([*(low + high) / 2, *(high - low), label[i]])
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        text = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: {text or 'not as ScanNet publishes it'}; fetch it again, or pass "
-                         "--skip-broken to go on without this scene") from None
-    keep = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(vert))[:most]
-    return {"bbox": np.array(boxes, np.float64).reshape(-1, 7), "ins_label": instance[keep],
-            "sem_label": semantic[keep], "vert": vert[keep]}
-
-
-def read_ply(blob):
-    """Vertices of a binary little-endian PLY -> (N, 6) float32 x y z red green blue; no colour: zeros."""
-    end = blob.index(b"end_header\n") + len(b"end_header\n")
-    kinds = {"float": "<f4", "float32": "<f4", "double": "<f8", "uchar": "u1", "uint8": "u1", "char": "i1", "short": "<i2",
-             "ushort": "<u2", "int": "<i4", "int32": "<i4", "uint": "<u4"}
-    row, count, element = [], 0, None
-    for line in blob[:end].decode("ascii", "replace").splitlines():
-        words = line.split()
-        if words[0] == "format" and words[1] != "binary_little_endian":
-            raise ValueError(f"a {words[1]} PLY; save it as binary_little_endian")
-        if words[0] == "element":
-            if element is None and words[1] != "vertex":
-                raise ValueError("its first element is not `vertex`")
-            element = words[1]
-            count = int(words[2]) if element == "vertex" else count
-        elif words[0] == "property" and element == "vertex":
-            row.append((words[2], kinds[words[1]]))
-    if len(blob) < end + count * np.dtype(row).itemsize:
-        raise ValueError(f"cut short: the header promises {count:,} vertices")
-    table = np.frombuffer(blob, row, count, end)
-    return np.stack([table[c].astype(np.float32) if c in table.dtype.names else np.zeros(count, np.float32)
-                     for c in ("x", "y", "z", "red", "green", "blue")], 1)
-
-
-def read_prepared(folder, name):
+def read_boxes(folder, name):
     """VoteNet's _vert.npy and _bbox.npy -> Scene. The last column of a box is its nyu40 id."""
-    index = {nyu: k for k, nyu in enumerate(SCANNET.values())}
+    index = {nyu: k for k, nyu in enumerate(SCANNET_BOXES.values())}
     vert, bbox = (read_npy(folder / f"{name}_{part}.npy", columns) for part, columns in (("vert", 3), ("bbox", 7)))
     kept = np.isin(bbox[:, 6], list(index))
     label = np.array([index[int(n)] for n in bbox[kept, 6]], np.int64)
     return checked_scene(folder / f"{name}_bbox.npy", name, vert[:, :3], bbox[kept, :6], label)
-
-
-def read_npy(path, columns):
-    try:
-        array = np.load(path, allow_pickle=False)
-        if array.ndim != 2 or array.shape[1] < columns:
-            raise ValueError(f"expected at least {columns} columns, found shape {array.shape}")
-        return array
-    except (OSError, ValueError, EOFError) as error:
-        text = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: {text}; repair it, or pass --skip-broken to go on without this "
-                         "scene") from None
 
 
 def load_folder(root, cfg):
@@ -352,7 +199,7 @@ class Batch(NamedTuple):
     real: torch.Tensor                      # (B, MAX_BOXES) bool: is it a box
 
 
-def make_batch(scenes, points, device, seeds=None):
+def make_batch(scenes, points, device, seeds=None, cuboid=True):
     """Scenes -> Batch. seeds: augment, as 3DETR: random cuboid, flips, rotation. No jitter."""
     rows = []
     for i, scene in enumerate(scenes):
@@ -360,7 +207,7 @@ def make_batch(scenes, points, device, seeds=None):
         # each scene draws from its own stream: the same in one process or in eight, and after --resume
         seed = zlib.crc32(scene.name.encode()) if seeds is None else seeds[i]
         draw = torch.Generator(device).manual_seed(seed)
-        if seeds is not None:
+        if seeds is not None and cuboid:
             xyz, boxes, label = random_cuboid(xyz, boxes, label, points, draw)
         n = len(xyz)
         order = torch.randperm(n, device=device, generator=draw)[:points]
@@ -485,7 +332,7 @@ class Detector(nn.Module):
     def __init__(self, clip, classes, cfg, width=256):
         super().__init__()
         r = Recipe(**cfg["recipe"])
-        self.queries = r.queries
+        self.queries, self.content = r.queries, r.content
         self.encoder = EPCLEncoder(
             clip, SetAbstraction(r.tokens, r.radius, r.neighbours, clip.width), task_tokens=classes + 1,
             dropout=r.dropout, class_token=False, task_token=not cfg["no_task_token"],
@@ -514,10 +361,11 @@ class Detector(nn.Module):
     def forward(self, points, low, high):
         x, centers = self.encoder(points)                               # (B, G [+ T], 768), (B, G, 3)
         memory = self.project(x[:, :centers.shape[1]])                  # (B, G, 256): task rows dropped
-        place = gather(centers, farthest_point_sample(centers, self.queries))   # (B, Q, 3)
+        chosen = farthest_point_sample(centers, self.queries)           # (B, Q)
+        place = gather(centers, chosen)                                 # (B, Q, 3)
         query = self.query(self.position(place, low, high))             # (B, Q, 256)
         position = self.position(centers, low, high)                    # (B, G, 256)
-        x, layers = torch.zeros_like(query), []
+        x, layers = gather(memory, chosen) if self.content == "token" else torch.zeros_like(query), []
         for layer in self.decoder:
             x = layer(x, query, memory, position)
             layers.append(self.norm(x))
@@ -611,8 +459,9 @@ def detections_of(center, size, probability, objectness, points, least=5, overla
     objectness is at most `confidence`. Scores are probability * objectness.
     """
     low, high = center - size / 2, center + size / 2
-    inside = torch.stack([((points >= a) & (points <= b)).all(1).sum() for a, b in zip(low, high)])
-    keep = inside >= least
+    inside = [((points >= a[:, None]) & (points <= b[:, None])).all(2).sum(1)       # 32 boxes at a time
+              for a, b in zip(low.split(32), high.split(32))]
+    keep = torch.cat(inside) >= least                                   # (Q,)
     if not keep.any():
         keep[objectness.argmax()] = True
     boxes, probability, objectness = (x[keep] for x in (torch.cat([center, size], 1), probability, objectness))
@@ -725,7 +574,7 @@ def export(folder, scenes, found, classes, least=0.3):
                 faces.append(triangles + sum(map(len, xyz)))
                 xyz.append(vertices)
                 rgb.append(np.tile(colour, (len(vertices), 1)))
-        write_mesh(folder / f"{scene.name}.ply", np.concatenate(xyz), np.concatenate(rgb),
+        write_ply(folder / f"{scene.name}.ply", np.concatenate(xyz), np.concatenate(rgb),
                    np.concatenate(faces) if faces else np.zeros((0, 3), np.int64))
         (folder / f"{scene.name}.json").write_text(json.dumps([
             {"class": classes[d.scores[i].argmax()], "center": d.boxes[i, :3].tolist(), "size": d.boxes[i, 3:].tolist(),
@@ -743,18 +592,6 @@ def beams(b, thick=0.015):
             at[[a for a in range(3) if a != axis]] += np.array(s) * np.delete(b[3:], axis) / 2
             meshes.append(box(size, at - (0, 0, size[2] / 2)))
     return join(meshes)
-
-
-def write_mesh(path, xyz, rgb, faces):
-    vertex = np.empty(len(xyz), [(a, "<f4") for a in "xyz"] + [(c, "u1") for c in ("red", "green", "blue")])
-    for name, column in zip(vertex.dtype.names, [*xyz.T, *rgb.T]):
-        vertex[name] = column
-    face = np.empty(len(faces), [("n", "u1"), ("v", "<i4", 3)])
-    face["n"], face["v"] = 3, faces
-    head = "\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {len(xyz)}",
-                      *(f"property float {a}" for a in "xyz"), *(f"property uchar {c}" for c in ("red", "green", "blue")),
-                      f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header\n"])
-    path.write_bytes(head.encode() + vertex.tobytes() + face.tobytes())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -843,7 +680,7 @@ def train_step(model, optimizer, scenes, rows, epoch, recipe, cfg, setup):
             continue
         mine = rows[first:last] or rows[:1]     # every process takes part: gradients are shared
         seeds = [int(np.random.SeedSequence([cfg["seed"], epoch, i]).generate_state(1)[0]) for i in mine]
-        batch = make_batch([scenes[i] for i in mine], recipe.points, setup.device, seeds)
+        batch = make_batch([scenes[i] for i in mine], recipe.points, setup.device, seeds, recipe.cuboid)
         with setup.autocast():
             out = model(batch.xyz, batch.low, batch.high)
         terms = losses(out, batch)
@@ -940,6 +777,8 @@ def flags(argv):
     flag("--points", type=common.whole(1), metavar="N", help="points of a scene")
     flag("--tokens", type=common.whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048)")
     flag("--queries", type=common.whole(1), metavar="Q", help="boxes proposed, at most --tokens")
+    flag("--content", choices=["zeros", "token"], help="of a query before the first layer: 3DETR's zeros, or the "
+                                                         "token it stands on: learns in far fewer steps")
     flag("--export", metavar="DIR", help="write each test scene with its boxes as .ply, detections as .json")
     flag("--skip-broken", action="store_true", help="leave out scenes that cannot be read, and say so")
     return parser.parse_args(argv)

@@ -94,7 +94,8 @@ def test_each_few_shot_command_runs(command, tmp_path, monkeypatch, tiny_clip, c
     for name, recipe in train_fewshot.RECIPES.items():
         monkeypatch.setitem(train_fewshot.RECIPES, name, recipe._replace(
             points=64, groups=8, neighbours=8, stored=96, epochs=1, batch_size=6))
-    for flag, value in (("--way", "3"), ("--shot", "4"), ("--shots-all", "3")):
+    for flag, value in (("--way", "3"), ("--shot", "4"), ("--shots-all", "3"),
+                        ("--points", "64"), ("--groups", "8"), ("--neighbours", "8")):
         if flag in words:
             words[words.index(flag) + 1] = value
     small = ["--episodes", "2"] + ["--way", "3", "--shot", "4"] * (
