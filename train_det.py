@@ -28,7 +28,7 @@ from tqdm import tqdm
 import common
 from common import BatchNorm, Dropout, EPCLEncoder, InputError, gather
 from kernels import farthest_point_sample, knn
-from scenes import GET_SCANNET, SCANNET_BOXES, read_npy, read_ply, scannet_scenes
+from scenes import GET_SCANNET, SCANNET_BOXES, columns, read_npy, read_ply, scannet_scenes
 from synthetic import FURNITURE, box, join, room_scenes, write_ply
 
 # --------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def read_own(path):
     try:
         where = path
         if path.suffix == ".ply":
-            xyz = read_ply(path.read_bytes())[:, :3]
+            xyz = columns(read_ply(path.read_bytes()), "x", "y", "z")
         else:
             xyz = np.load(path, allow_pickle=False)
             xyz = (xyz["xyz"] if path.suffix == ".npz" else xyz)[:, :3]
@@ -459,9 +459,10 @@ def detections_of(center, size, probability, objectness, points, least=5, overla
     objectness is at most `confidence`. Scores are probability * objectness.
     """
     low, high = center - size / 2, center + size / 2
-    inside = [((points >= a[:, None]) & (points <= b[:, None])).all(2).sum(1)       # 32 boxes at a time
-              for a, b in zip(low.split(32), high.split(32))]
-    keep = torch.cat(inside) >= least                                   # (Q,)
+    inside = torch.ones(len(center), len(points), dtype=torch.bool, device=points.device)
+    for x, a, b in zip(points.T.contiguous(), low.T, high.T):           # axis by axis: (Q, N)
+        inside &= (x >= a[:, None]) & (x <= b[:, None])
+    keep = inside.sum(1) >= least                                       # (Q,)
     if not keep.any():
         keep[objectness.argmax()] = True
     boxes, probability, objectness = (x[keep] for x in (torch.cat([center, size], 1), probability, objectness))
@@ -777,8 +778,7 @@ def flags(argv):
     flag("--points", type=common.whole(1), metavar="N", help="points of a scene")
     flag("--tokens", type=common.whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048)")
     flag("--queries", type=common.whole(1), metavar="Q", help="boxes proposed, at most --tokens")
-    flag("--content", choices=["zeros", "token"], help="of a query before the first layer: 3DETR's zeros, or the "
-                                                         "token it stands on: learns in far fewer steps")
+    flag("--like", choices=RECIPES, help="take another row of the table: `synthetic` suits few scenes and no GPU")
     flag("--export", metavar="DIR", help="write each test scene with its boxes as .ply, detections as .json")
     flag("--skip-broken", action="store_true", help="leave out scenes that cannot be read, and say so")
     return parser.parse_args(argv)
@@ -793,7 +793,7 @@ def settings(args):
         return cfg, saved, folder
     given = {k: v for k, v in vars(args).items() if v is not None}
     data = given.get("data", "synthetic")
-    recipe = RECIPES[data]
+    recipe = RECIPES[args.like or data]
     if args.tokens:                         # fewer tokens, wider patches: the same share of the room
         recipe = recipe._replace(radius=round(recipe.radius * (recipe.tokens / args.tokens) ** 0.5, 4),
                                  queries=min(recipe.queries, args.tokens))
@@ -805,7 +805,7 @@ def settings(args):
     if recipe.queries < MAX_BOXES:
         raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at least that many")
     cfg = {
-        "data": data, "root": args.root, "recipe": recipe._asdict(), "seed": args.seed or 0,
+        "data": data, "root": args.root, "like": args.like, "recipe": recipe._asdict(), "seed": args.seed or 0,
         "clip": args.clip or ("timm:vit_tiny_patch16_224=random" if data == "synthetic" else "openai"),
         "skip_broken": args.skip_broken, "precision": args.precision or "auto", "compile": args.compile,
         "accumulate": args.accumulate or 1, "workers": args.workers or os.cpu_count(),

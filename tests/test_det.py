@@ -498,7 +498,7 @@ def test_a_compiled_model_has_no_graph_break_and_learns_the_same(small, monkeypa
 
 
 @pytest.mark.parametrize("more", [
-    ["--accumulate", "2"], ["--unfreeze"], ["--deep-prompt"], ["--no-transformer"], ["--content", "zeros"],
+    ["--accumulate", "2"], ["--unfreeze"], ["--deep-prompt"], ["--no-transformer"], 
     ["--no-task-token", "--dropout", "0.3"]])
 def test_accumulation_and_every_ablation_train(small, more):
     det.main([*small, "--epochs", "3", *more])

@@ -13,8 +13,11 @@ import torch
 
 import common
 import objects
+import synthetic
+import test_det
 import test_fewshot
 import train_cls
+import train_det
 import train_fewshot
 from test_cls import CUBE, FACES, ply, shapes
 
@@ -95,7 +98,7 @@ def test_each_few_shot_command_runs(command, tmp_path, monkeypatch, tiny_clip, c
         monkeypatch.setitem(train_fewshot.RECIPES, name, recipe._replace(
             points=64, groups=8, neighbours=8, stored=96, epochs=1, batch_size=6))
     for flag, value in (("--way", "3"), ("--shot", "4"), ("--shots-all", "3"),
-                        ("--points", "64"), ("--groups", "8"), ("--neighbours", "8")):
+                        ("--points", "64"), ("--groups", "8"), ("--neighbours", "8"), ("--epochs", "1")):
         if flag in words:
             words[words.index(flag) + 1] = value
     small = ["--episodes", "2"] + ["--way", "3", "--shot", "4"] * (
@@ -118,6 +121,34 @@ def test_each_few_shot_command_runs(command, tmp_path, monkeypatch, tiny_clip, c
     assert list(Path("runs").glob("fewshot-*/results.json"))
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_det.py" in c])
+def test_each_detection_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
+    """As written, with small rooms for the scans, a small transformer and one epoch."""
+    words = shlex.split(command)
+    words = words[words.index("train_det.py") + 1:]
+    load = common.load_clip
+    monkeypatch.setattr(common, "load_clip", lambda name, *a, **k: load(tiny_clip, *a, **k))
+    scenes = [test_det.scene_of(room, f"room{i}") for i, room in enumerate(synthetic.room_scenes(3, 1500, 9))]
+    monkeypatch.setattr(train_det, "load_scenes", lambda cfg: (scenes[:2], scenes[2:], synthetic.FURNITURE, "rooms"))
+    for name in train_det.RECIPES:
+        monkeypatch.setitem(train_det.RECIPES, name, test_det.SMALL._replace(epochs=1))
+    for flag, value in (("--points", "512"), ("--tokens", "64"), ("--queries", "64"), ("--epochs", "1")):
+        if flag in words:
+            words[words.index(flag) + 1] = value
+    monkeypatch.chdir(tmp_path)
+    run = next((w for w in words if w.startswith("runs/")), None)
+    if run:
+        now = common.Stopper.now
+        monkeypatch.setattr(common.Stopper, "now", lambda self, step: "--resume" in words)
+        with pytest.raises(SystemExit) if "--resume" in words else contextlib.nullcontext():
+            train_det.main(["--data", run.split("-")[1], "--epochs", "2"])
+        monkeypatch.setattr(common.Stopper, "now", now)
+    capsys.readouterr()
+    train_det.main(words)
+    assert "result   mAP@0.25" in capsys.readouterr().out
+    assert list(Path("runs").glob("det-*/results.json"))
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python kernels/")])
 def test_each_kernel_checks_itself(command):
     done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, text=True, capture_output=True)
@@ -126,7 +157,7 @@ def test_each_kernel_checks_itself(command):
 
 def test_every_command_of_readme_is_covered_by_a_test_above():
     for command in COMMANDS:
-        assert any(word in command for word in ("train_cls.py", "train_fewshot.py", "python kernels/", "pytest")), command
+        assert any(word in command for word in ("train_", "python kernels/", "pytest")), command
 
 
 def test_every_file_named_in_the_map_exists_and_has_about_that_many_lines():
