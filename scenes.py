@@ -289,10 +289,12 @@ def columns(table, *names):
 
 
 def read_npy(path, columns):
+    """A .npy of at least `columns` columns; 0: of one dimension."""
     try:
         array = np.load(path, allow_pickle=False)
-        if array.ndim != 2 or array.shape[1] < columns:
-            raise ValueError(f"expected at least {columns} columns, found shape {array.shape}")
+        if array.ndim != 1 + (columns > 0) or columns and array.shape[1] < columns:
+            raise ValueError(f"expected {f'at least {columns} columns' if columns else 'one number a point'}, found "
+                             f"shape {array.shape}")
         return array
     except (OSError, ValueError, EOFError) as error:
         text = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]

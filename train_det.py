@@ -790,7 +790,7 @@ def settings(args):
         cfg, saved, folder = common.saved_settings(args, "det")
         if args.resume:
             common.check_resume(args.resume, saved)
-        return cfg, saved, folder
+        return {**cfg, "skip_broken": args.skip_broken}, saved, folder
     given = {k: v for k, v in vars(args).items() if v is not None}
     data = given.get("data", "synthetic")
     recipe = RECIPES[args.like or data]
