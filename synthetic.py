@@ -538,6 +538,10 @@ KINDS = (                                   # how often FURNITURE occurs in a ki
     (0, 1, 1, 3, 0, 5, 3, 0),               # living room
     (0, .3, 2, 1, 0, 0, .5, 4),             # bathroom
     (1, 1, 1, 1, 1, 1, 1, 1))               # storage
+OFFICES = (                                 # what S3DIS scanned
+    (0, 2, .5, 5, 4, .3, 1, 0),             # office
+    (0, 1, .3, 3, 0, 5, 3, 0),              # lounge
+    (0, 2, .5, 5, 0, 1, 4, 0))              # conference room
 ON_TOP, ON_FLOOR = ("cup", "lamp", "monitor", "vase", "bottle"), ("stool", "night_stand", "vase", "guitar", "lamp")
 WHITE, GREY, WOOD, DARK = (225, 222, 214), (150, 150, 152), (166, 124, 84), (70, 62, 58)
 BLUE, RED, GREEN = (84, 106, 148), (158, 74, 66), (92, 128, 92)
@@ -549,13 +553,14 @@ PALETTE = {CEILING: (WHITE, (236, 236, 236)), FLOOR: (WOOD, GREY, (178, 162, 140
 SHARE = {CEILING: .15, FLOOR: .4, WALL: .25}                                # of the density of everything else
 
 
-def make_room(rng, points=40_000, objects=(4, 12)):
+def make_room(rng, points=40_000, objects=(4, 12), kinds=KINDS):
     """A furnished room, as depth cameras in it would have seen it.
 
     returns arrays: xyz (N, 3) float32 in metres, z up, floor at 0; rgb (N, 3) uint8; semantic (N,)
     int64 into ROOM_CLASSES; furniture (N,) int64 into FURNITURE and instance (N,) int64, both -1
     where a point belongs to no box; label (O,) int64, center (O, 3), size (O, 3) float32: the boxes,
-    which bound the instance's points exactly. objects: how many pieces of furniture are tried.
+    which bound the instance's points exactly. objects: how many pieces of furniture are tried; kinds:
+    how often each of FURNITURE occurs, a row for a kind of room.
     """
     width, depth, height = rng.uniform((3, 3, 2.4), (6, 7, 3.2))
     parts = shell(rng, width, depth, height)            # (mesh, semantic, furniture or -1) of each part
@@ -566,7 +571,7 @@ def make_room(rng, points=40_000, objects=(4, 12)):
             low, high = vertices[:, :2].min(0), vertices[:, :2].max(0)
             ahead = .5 * (s == DOOR) * (high - low < .1)                    # one can walk through a door
             taken.append((low - ahead, high + ahead))
-    chance = np.array(KINDS[rng.integers(len(KINDS))], float)
+    chance = np.array(kinds[rng.integers(len(kinds))], float)
     wanted = rng.choice(len(FURNITURE), rng.integers(objects[0], objects[1] + 1), p=chance / chance.sum())
     for k in sorted(wanted, key=lambda k: FURNITURE[k] == "chair"):         # chairs last: they need a table
         name = FURNITURE[k]
@@ -726,9 +731,9 @@ def scan_room(rng, parts, solid, size, points):
             "label": label.astype(np.int64), "center": (low + high) / 2, "size": high - low}
 
 
-def room_scenes(count, points, seed, objects=(4, 12)):
+def room_scenes(count, points, seed, objects=(4, 12), kinds=KINDS):
     """`count` rooms (see `make_room`); room i is the same however many others are made."""
-    return [make_room(np.random.default_rng([seed, i]), points, objects) for i in range(count)]
+    return [make_room(np.random.default_rng([seed, i]), points, objects, kinds) for i in range(count)]
 
 
 def main():

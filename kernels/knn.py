@@ -8,7 +8,8 @@ section 3.2, with a fixed number of neighbours. Distances are fp32, (dx·dx + dy
 fused multiply-add, so CPU, interpreter and GPU return the same bits; |q|² - 2qp + |p|² would lose
 the digits that decide between neighbours. The table of all distances takes 4·B·M·N bytes, 25.6 GB
 for 80,000 x 80,000: torch computes it in pieces that stay in cache, the kernel keeps k candidates
-per query in registers and writes nothing but the answer, 12·B·M·k bytes.
+per query in registers and writes nothing but the answer, 12·B·M·k bytes. On a CPU, above FEW points
+and with scipy, a k-d tree proposes the candidates; the same fp32 distances and indices decide.
 
     python kernels/knn.py
 """
@@ -24,7 +25,13 @@ try:
 except ImportError:  # macOS, Windows: every call takes the torch path
     triton = None
 
+try:
+    from scipy.spatial import cKDTree
+except ImportError:  # who copies this file alone gets the same answers, later
+    cKDTree = None
+
 MAX_K = 64
+FEW = 512  # points up to which building a tree takes longer than computing all distances
 PIECE = 2 ** 19  # distances at a time in torch: 2 MB, with all scratch under 40 MB (or a row of N)
 
 
@@ -49,6 +56,35 @@ def knn_torch(query, points, k, lengths):  # -> (B, M, k) float32, (B, M, k) int
                 at[tied] = key.topk(k, largest=False).values & 0xFFFFFFFF
             dist2[b:b + clouds, i:i + rows] = near
             index[b:b + clouds, i:i + rows] = at.masked_fill(near == float("inf"), -1)
+    return dist2, index
+
+
+def knn_tree(query, points, k, lengths):
+    """`knn_torch` with candidates from a k-d tree, which measures in float64.
+
+    It is asked for 8 more than k. A point beyond its last candidate, at distance r, has an fp32
+    distance of at least (1 - 1e-6) r², six roundings of 6e-8 each; where this does not exceed the
+    k-th, as among many equals, the query is answered by `knn_torch`.
+    """
+    (B, M, _), N = query.shape, points.shape[1]
+    dist2, index = torch.empty(B, M, k), torch.empty(B, M, k, dtype=torch.int64)
+    for b in range(B):
+        cloud = points[b, :int(lengths[b])]
+        tree, asked = cKDTree(cloud.numpy()), min(k + 8, len(cloud))
+        for rows in torch.arange(M).split(max(1, PIECE // (4 * asked))):
+            q = query[b, rows]  # (m, 3)
+            r, at = tree.query(q.numpy(), range(1, asked + 1), workers=torch.get_num_threads())
+            at = torch.from_numpy(at)  # (m, asked)
+            dx, dy, dz = (q[:, None] - cloud[at]).unbind(-1)
+            d = (dx * dx + dy * dy) + dz * dz
+            key = (d.view(torch.int32).long() << 32 | at).sort(1).values[:, :k]  # floats sort as bits
+            dist2[b, rows] = (key >> 32).int().view(torch.float32)
+            index[b, rows] = key & 0xFFFFFFFF
+            near = torch.from_numpy(r[:, -1] ** 2 * (1 - 1e-6)) <= dist2[b, rows, -1] + 1e-37
+            if asked < len(cloud) and near.any():
+                rows = rows[near]
+                dist2[b, rows], index[b, rows] = (x[0] for x in knn_torch(
+                    query[b:b + 1, rows], points[b:b + 1], k, lengths[b:b + 1]))
     return dist2, index
 
 
@@ -148,7 +184,10 @@ def _operator(query: torch.Tensor, points: torch.Tensor, k: int, lengths: torch.
     if B * M == 0:
         none = torch.empty(B, M, k, device=query.device)
         return none, none.long()
-    return (knn_triton if use_triton(query) else knn_torch)(query, points, k, lengths)
+    if use_triton(query):
+        return knn_triton(query, points, k, lengths)
+    tree = cKDTree is not None and query.device.type == "cpu" and N > FEW
+    return (knn_tree if tree else knn_torch)(query, points, k, lengths)
 
 
 @_operator.register_fake

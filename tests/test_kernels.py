@@ -280,10 +280,40 @@ def test_knn_of_no_queries_is_empty(triton_device):
 @pytest.mark.parametrize("B, M, N, k", [(40, 64, 300, 8), (2, 700, 2000, 20), (1, 3, 524293, 4)])
 def test_knn_in_torch_is_the_same_in_one_piece_or_many(kind, B, M, N, k):
     points, query = make_cloud(kind, B, N), make_cloud(kind, B, M, seed=1)
-    dist2, index = knn(query, points, k)  # 2 clouds, 262 queries and 1 query at a time
+    dist2, index = knn_twin(query, points, k)  # 2 clouds, 262 queries and 1 query at a time
     for b, m in ((0, 0), (B - 1, M - 1), (B // 2, M // 2)):
         assert_nearest(query[b:b + 1, m:m + 1], points[b:b + 1], dist2[b:b + 1, m:m + 1],
                        index[b:b + 1, m:m + 1], exact=kind == "lattice")
+
+
+@pytest.mark.parametrize("kind", ["random", "lattice", "same", "twice", "tiny", "far away", "lengths"])
+@pytest.mark.parametrize("B, M, N, k", [(2, 40, 700, 16), (1, 9, 12, 8), (3, 1, 30, 30), (1, 700, 700, 64)])
+def test_candidates_of_a_tree_give_the_bits_of_the_whole_table(kind, B, M, N, k):
+    pytest.importorskip("scipy")
+    g = torch.Generator().manual_seed(0)
+    points, query, lengths = torch.rand(B, N, 3, generator=g), torch.rand(B, M, 3, generator=g), torch.full((B,), N)
+    if kind == "lattice":                   # many ties, at the border of the k nearest, too
+        points, query = (points * 8).round(), (query * 8).round()
+    elif kind == "same":
+        points = points[:, :1].expand(B, N, 3).contiguous()
+    elif kind == "twice":
+        points, query = points[:, torch.arange(N) // 2], points[:, torch.arange(M) % N]
+    elif kind == "tiny":                    # squares underflow in fp32, not in the tree
+        points, query = points * 1e-20, query * 1e-20
+    elif kind == "far away":                # fp32 coordinates are coarse there
+        points, query = points + 1e5, query + 1e5
+    elif kind == "lengths":
+        lengths = torch.randint(k, N + 1, (B,), generator=g)
+    for tree, whole in zip(knn_file.knn_tree(query, points, k, lengths), knn_file.knn_torch(query, points, k, lengths)):
+        assert torch.equal(tree, whole)
+
+
+def test_without_scipy_the_answers_are_the_same(monkeypatch):
+    points = make_cloud("random", 1, 900)
+    ours = knn(points, points, 5)
+    monkeypatch.setattr(knn_file, "cKDTree", None)
+    monkeypatch.setattr(knn_file, "knn_tree", None)
+    assert all(torch.equal(a, b) for a, b in zip(ours, knn(points, points, 5)))
 
 
 def in_a_fresh_process(code, **environment):
@@ -295,11 +325,13 @@ def in_a_fresh_process(code, **environment):
     return run.stdout
 
 
-def test_knn_over_80_000_points_stays_within_bounded_memory():
+@pytest.mark.parametrize("without", ["", "sys.modules['kernels.knn'].cKDTree = None"])
+def test_knn_over_80_000_points_stays_within_bounded_memory(without):
     pytest.importorskip("resource", reason="needs Unix: reads the peak memory of a process")
-    peak = in_a_fresh_process("""
-        import resource, torch
+    peak = in_a_fresh_process(f"""
+        import resource, sys, torch
         from kernels import knn
+        {without}
         points = torch.rand(1, 80_000, 3)
         knn(points[:, :10], points, 16)  # loads whatever torch loads lazily
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

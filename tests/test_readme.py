@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import common
 import objects
 import synthetic
+import test_bench
 import test_det
 import test_fewshot
+import test_seg
 import train_cls
 import train_det
 import train_fewshot
+import train_seg
 from test_cls import CUBE, FACES, ply, shapes
 
 ROOT = Path(__file__).parent.parent
@@ -147,6 +151,44 @@ def test_each_detection_command_runs(command, tmp_path, monkeypatch, tiny_clip, 
     train_det.main(words)
     assert "result   mAP@0.25" in capsys.readouterr().out
     assert list(Path("runs").glob("det-*/results.json"))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_seg.py" in c])
+def test_each_segmentation_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
+    """As written, with small rooms for the data, a small transformer and one epoch."""
+    words = shlex.split(command)
+    words = words[words.index("train_seg.py") + 1:]
+    load = common.load_clip
+    monkeypatch.setattr(common, "load_clip", lambda name, *a, **k: load(tiny_clip, *a, **k))
+    source = synthetic.room_scenes(3, 1200, 9)
+    rooms = [test_seg.room_of(room, f"room{i}") for i, room in enumerate(source)]
+    monkeypatch.setattr(train_seg, "load_rooms", lambda cfg: (rooms[:2], rooms[2:], synthetic.ROOM_CLASSES, "rooms"))
+    for name in train_seg.RECIPES:
+        monkeypatch.setitem(train_seg.RECIPES, name, test_seg.SMALL._replace(epochs=1))
+    monkeypatch.chdir(tmp_path)
+    synthetic.write_ply(Path("scan.ply"), source[0]["xyz"], source[0]["rgb"])
+    run = next((w for w in words if w.startswith("runs/")), None)
+    if run:
+        now = common.Stopper.now
+        monkeypatch.setattr(common.Stopper, "now", lambda self, step: "--resume" in words)
+        with pytest.raises(SystemExit) if "--resume" in words else contextlib.nullcontext():
+            train_seg.main(["--data", run.split("-")[1], "--epochs", "2"])
+        monkeypatch.setattr(common.Stopper, "now", now)
+    capsys.readouterr()
+    train_seg.main(words)
+    printed = capsys.readouterr().out
+    assert "result   mIoU" in printed or "scan.ply: 1,200 points" in printed
+    assert list(Path("runs").glob("seg-*/results.json"))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "bench.py" in c])
+def test_each_benchmark_command_runs(command, tmp_path, monkeypatch, capsys):
+    test_bench.small(monkeypatch, tmp_path)
+    bench.main(["kernels", "--quick"])
+    capsys.readouterr()
+    bench.main(shlex.split(command)[2:])
+    printed = capsys.readouterr().out
+    assert "ours" in printed or "parts    " in printed
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python kernels/")])

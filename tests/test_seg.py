@@ -337,7 +337,7 @@ def test_one_room_is_learned_by_heart(small, monkeypatch, rooms):
     monkeypatch.setattr(seg, "load_rooms", lambda cfg: ([room], [room], ROOM_CLASSES, "one room"))
     monkeypatch.setitem(seg.RECIPES, "synthetic", SMALL._replace(points=512, tokens=128, epochs=120, every=120, lr=3e-3))
     seg.main(small)
-    assert json.loads(Path("runs/seg-synthetic-1/results.json").read_text())["metrics"]["oa"] > .9
+    assert json.loads(Path("runs/seg-synthetic-1/results.json").read_text())["metrics"]["oa"] > .85
 
 
 def test_a_compiled_model_has_no_graph_break_and_learns_the_same(small, monkeypatch):
