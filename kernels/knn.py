@@ -62,7 +62,7 @@ def knn_torch(query, points, k, lengths):  # -> (B, M, k) float32, (B, M, k) int
 def knn_tree(query, points, k, lengths):
     """`knn_torch` with candidates from a k-d tree, which measures in float64.
 
-    It is asked for 8 more than k. A point beyond its last candidate, at distance r, has an fp32
+    It is asked for 2 more than k. A point beyond its last candidate, at distance r, has an fp32
     distance of at least (1 - 1e-6) r², six roundings of 6e-8 each; where this does not exceed the
     k-th, as among many equals, the query is answered by `knn_torch`.
     """
@@ -70,7 +70,7 @@ def knn_tree(query, points, k, lengths):
     dist2, index = torch.empty(B, M, k), torch.empty(B, M, k, dtype=torch.int64)
     for b in range(B):
         cloud = points[b, :int(lengths[b])]
-        tree, asked = cKDTree(cloud.numpy()), min(k + 8, len(cloud))
+        tree, asked = cKDTree(cloud.numpy()), min(k + 2, len(cloud))
         for rows in torch.arange(M).split(max(1, PIECE // (4 * asked))):
             q = query[b, rows]  # (m, 3)
             r, at = tree.query(q.numpy(), range(1, asked + 1), workers=torch.get_num_threads())
