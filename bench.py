@@ -403,6 +403,10 @@ def write(line):
         file.write(json.dumps(line) + "\n")
 
 
+def short(ms):
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def table():
     """The newest figures of bench.jsonl as Markdown, a table for each machine."""
     if not OUT.exists():
@@ -419,11 +423,11 @@ def table():
             ours, plain = new[workload, "ours"], new.get((workload, "torch"))
             peers = [x for (w, who), x in new.items() if w == workload and who not in ("ours", "torch")]
             best = min(peers, key=lambda x: x["ms"], default=None)
-            print(f"| {workload} | {ours['ms']:.3g} | " + (f"{plain['ms']:.3g}" if plain else "") + " | "
-                  + (f"{best['ms']:.3g} ({best['contender']}, {100 * best['same']:.0f} % same) | "
+            print(f"| {workload} | {short(ours['ms'])} | " + (short(plain["ms"]) if plain else "") + " | "
+                  + (f"{short(best['ms'])} ({best['contender']}, {100 * best['same']:.0f} % same) | "
                      f"{best['ms'] / ours['ms']:.2f} x" if best else "none here | ")
                   + f" | {ours['ms'] / ours['floor_ms']:.1f} x |")
-        new = {(x["task"], x["batch"], x["clip"]): x for x in here if x["kind"] == "train"}
+        new = {(x["task"], x["batch"], x["clip"], x["precision"]): x for x in here if x["kind"] == "train"}
         if new:
             print("\n| step (random data) | batch | ms | samples/s | frozen forward, TFLOP/s (product) | where the time goes |\n"
                   "|---|---|---|---|---|---|")
