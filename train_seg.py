@@ -191,11 +191,10 @@ def room_of(path, name, xyz, rgb, label, classes):
 # A room -> the blocks of a step
 # --------------------------------------------------------------------------------------------------
 
-def features(room, rows, center):
-    """(n, 9): x y z from the block's middle and the floor, r g b in 0..1, x y z as shares of the room."""
+def features(room, rows, center, size):
+    """(n, 9): x y z from the block's middle and the floor, r g b in 0..1, x y z as shares of its `size`."""
     xyz = room.xyz[rows]
     local = xyz - torch.cat([center, center.new_zeros(1)])
-    size = room.xyz.amax(0).clamp_min(1e-3)
     return torch.cat([local, room.rgb[rows].float() / 255, xyz / size], 1)
 
 
@@ -212,7 +211,7 @@ def training_block(room, recipe, seed, tries=10):
         if len(rows) > LEAST * recipe.points / 4096:
             break
     rows = rows[sample(len(rows), recipe.points, draw)]
-    points = features(room, rows, middle)
+    points = features(room, rows, middle, room.xyz.amax(0).clamp_min(1e-3))
     angle = torch.rand(1, device=draw.device, generator=draw) * recipe.turn * torch.pi / 180
     x, y = points[:, 0].clone(), points[:, 1].clone()
     points[:, 0], points[:, 1] = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
@@ -366,6 +365,7 @@ def label_room(model, room, setup, recipe, classes, votes=1):
     """
     model.eval()
     draw = torch.Generator().manual_seed(zlib.crc32(room.name.encode()))
+    size = room.xyz.amax(0).clamp_min(1e-3)
     total, counts = torch.zeros(len(room.xyz), classes), torch.zeros(classes, classes, dtype=torch.int64)
 
     def blocks():
@@ -373,7 +373,7 @@ def label_room(model, room, setup, recipe, classes, votes=1):
             for middle, rows in windows(room.xyz, recipe.block):
                 rows = rows[sample(len(rows), -(-len(rows) // recipe.points) * recipe.points, draw)]
                 for part in rows.split(recipe.points):
-                    yield part, features(room, part, middle)
+                    yield part, features(room, part, middle, size)
 
     def run(batch):
         with setup.autocast():
