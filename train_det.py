@@ -767,8 +767,8 @@ def build(cfg, saved, setup):
 
 
 def flags(argv):
-    rows = [("data", Recipe._fields), *RECIPES.items()]
-    text = "\n".join(f"  {n:10s}" + "".join(f"{v!s:>11}" for v in row) for n, row in rows)
+    lines = [("data", *RECIPES), *((name, *column) for name, column in zip(Recipe._fields, zip(*RECIPES.values())))]
+    text = "\n".join(f"  {name:16s}" + "".join(f"{value!s:>12}" for value in row) for name, *row in lines)
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog="recipes, the defaults of each --data:\n" + text,
         formatter_class=argparse.RawDescriptionHelpFormatter)
