@@ -88,7 +88,7 @@ def floors(device):
     n = 4096 if device.type == "cuda" else 1024
     p, q = torch.rand(n, n, device=device, dtype=dtype), torch.rand(n, n, device=device, dtype=dtype)
 
-    def distances():                                    # 3 differences, 3 squares, 2 sums of 2^19 pairs, in cache
+    def distances():                                    # 7 passes over 2^19 pairs in cache; a distance takes 8
         for _ in range(4):
             torch.sub(a, b, out=out)
             out.mul_(out).add_(1.0).sub_(a).mul_(out).add_(b).add_(a)
@@ -259,23 +259,12 @@ def kernels(device, quick):
 # Training steps
 # --------------------------------------------------------------------------------------------------
 
-class Parts:
-    """Seconds by part of a step: functions and modules are wrapped, what runs inside is subtracted."""
+class Parts(common.Clock):
+    """Seconds by part of a step, of modules and of functions, which are wrapped until `end`."""
 
     def __init__(self, device):
-        self.device, self.seconds, self.stack, self.undo = device, {}, [], []
-
-    def start(self, *_):
-        wait(self.device)
-        self.stack.append([time.perf_counter(), 0.0])
-
-    def stop(self, name):
-        wait(self.device)
-        begin, inner = self.stack.pop()
-        spent = time.perf_counter() - begin
-        self.seconds[name] = self.seconds.get(name, 0) + spent - inner
-        if self.stack:
-            self.stack[-1][1] += spent
+        super().__init__(device)
+        self.undo = []
 
     def function(self, owner, attribute, name):
         inside = getattr(owner, attribute)
@@ -287,10 +276,6 @@ class Parts:
             return out
         setattr(owner, attribute, timed)
         self.undo.append(lambda: setattr(owner, attribute, inside))
-
-    def module(self, module, name):
-        handles = module.register_forward_pre_hook(self.start), module.register_forward_hook(lambda *_: self.stop(name))
-        self.undo += [handle.remove for handle in handles]
 
     def end(self):
         for undo in reversed(self.undo):
@@ -364,7 +349,7 @@ def train(task, device, batch, clip, precision, repeat):
             clock.function(*part, name)
         elif isinstance(part, torch.nn.ModuleList):
             for module in part:
-                clock.module(module, name)
+                clock.module(module, name)              # the model is thrown away: its hooks may stay
         else:
             clock.module(part, name.strip())
     clock.function(torch.Tensor, "backward", "backward")

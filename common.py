@@ -630,6 +630,32 @@ def sizes(model):
                         for b in m.buffers())
 
 
+class Clock:
+    """Seconds by part of a model, waiting for the device; what runs inside another part is its own."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.stack = device, {}, []
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def start(self, *_):
+        self.stack.append([self.now(), 0.0])
+
+    def stop(self, name):
+        begin, inner = self.stack.pop()
+        spent = self.now() - begin
+        self.seconds[name] = self.seconds.get(name, 0) + spent - inner
+        if self.stack:
+            self.stack[-1][1] += spent
+
+    def module(self, module, name):
+        module.register_forward_pre_hook(self.start)
+        module.register_forward_hook(lambda *_: self.stop(name))
+
+
 class Stopper:
     """Ctrl-C or SIGTERM asks the loop to stop after the step; a second one ends it at once."""
 

@@ -532,14 +532,14 @@ def detect(model, scenes, setup, recipe):
 
 
 def evaluate(model, scenes, setup, recipe):
-    """-> {threshold: (AP (C,), recall (C,))}; the scenes are shared between the processes."""
+    """-> {threshold: (AP (C,), recall (C,))}, Detections of each scene; processes share the scenes."""
     first, last = common.my_rows(len(scenes))
     found = detect(model, scenes[first:last], setup, recipe)
     if common.world_size() > 1:
         parts = [None] * common.world_size()
         torch.distributed.all_gather_object(parts, found)
         found = sum(parts, [])
-    return evaluate_boxes(found, [(s.boxes.numpy(), s.label.numpy()) for s in scenes])
+    return evaluate_boxes(found, [(s.boxes.numpy(), s.label.numpy()) for s in scenes]), found
 
 
 def mean_ap(result):
@@ -648,7 +648,7 @@ def train(model, scenes, test, cfg, run, setup, saved):
                 f"{name} {x / n:.3g}" for name, x in zip(WEIGHT, terms)) + f"); {run.folder}/last.pt is from the "
                 "epoch before; try a lower --lr or --precision fp32")
         now = (epoch + 1) % recipe.every == 0 or epoch + 1 == recipe.epochs
-        ap = mean_ap(evaluate(model, test, setup, recipe)) if now else None
+        ap = mean_ap(evaluate(model, test, setup, recipe)[0]) if now else None
         better = now and ap[0.25] >= at["best"]
         if better:
             at.update(best=ap[0.25], best_epoch=epoch + 1)
@@ -731,16 +731,16 @@ def main(argv=None):
             run.print(f"stopped after {at['epoch']} epochs and {at['step']} steps; go on with: "
                       f"python train_det.py --resume {run.folder}")
             sys.exit(130)
-    result = evaluate(model, test, setup, recipe)
+    result, found = evaluate(model, test, setup, recipe)
     for line in table(result, classes, test):
         run.print(line)
     ap = mean_ap(result)
-    seen = mean_ap(evaluate(model, scenes[:len(test)], setup, recipe))
+    seen = mean_ap(evaluate(model, scenes[:len(test)], setup, recipe)[0])
     run.print(f"result   mAP@0.25 {100 * ap[0.25]:.2f} %, mAP@0.50 {100 * ap[0.5]:.2f} %, epoch {at['epoch']} (best on test: "
               f"{100 * at['best']:.2f} in epoch {at['best_epoch']}; on {len(scenes[:len(test)])} training scenes "
               f"{100 * seen[0.25]:.2f} and {100 * seen[0.5]:.2f}); {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
     if args.export and common.rank() == 0:
-        export(args.export, test, detect(model, test, setup, recipe), classes)
+        export(args.export, test, found, classes)
         run.print(f"export   {len(test)} scenes in {args.export}: true boxes green, detections red")
     if not args.eval:
         run.write_json("results.json", {

@@ -332,27 +332,13 @@ def windows(xyz, block):
                 yield torch.tensor([left, low], dtype=torch.float32) + block / 2, torch.from_numpy(rows)
 
 
-class Watch:
-    """Seconds by stage of whole-room inference, taken by hooks on the model's parts."""
-
-    def __init__(self, model, device):
-        self.seconds, self.device, self.stack = {}, device, []
-        for part, name in [*((down, "FPS, KNN, tokenizer") for down in model.downs), (model.encoder, "transformer"),
-                           *((up, "interpolation, decoder") for up in model.ups), (model, "input and classifier")]:
-            part.register_forward_pre_hook(lambda *_: self.stack.append([self.now(), 0.0]))
-            part.register_forward_hook(lambda *_, name=name: self.stop(name))
-
-    def now(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def stop(self, name):
-        start, inner = self.stack.pop()                         # what parts of it took is theirs
-        spent = self.now() - start
-        self.seconds[name] = self.seconds.get(name, 0) + spent - inner
-        if self.stack:
-            self.stack[-1][1] += spent
+def watch(model, device):
+    """-> Clock that takes the seconds of each stage of whole-room inference."""
+    clock = common.Clock(device)
+    for part, name in [*((down, "FPS, KNN, tokenizer") for down in model.downs), (model.encoder, "transformer"),
+                       *((up, "interpolation, decoder") for up in model.ups), (model, "input and classifier")]:
+        clock.module(part, name)
+    return clock
 
 
 @torch.no_grad()
@@ -572,15 +558,15 @@ def main(argv=None):
             run.print(f"stopped after {at['epoch']} epochs and {at['step']} steps; go on with: "
                       f"python train_seg.py --resume {run.folder}")
             sys.exit(130)
-    watch, started = Watch(model, setup.device), time.time()
+    clock, started = watch(model, setup.device), time.time()
     votes, each = args.vote or 1, (lambda room, predicted: write_labels(args.export, room, predicted)) if args.export else None
     counts, in_blocks = evaluate(model, test, setup, recipe, len(classes), votes, each)
     seconds, result, blocks = time.time() - started, scores(counts), scores(in_blocks)
     for line in table(counts, classes):
         run.print(line)
     run.print(f"speed    {sum(len(r.xyz) for r in test) / seconds:,.0f} points a second: " + ", ".join(
-        f"{name} {100 * s / seconds:.0f} %" for name, s in watch.seconds.items()) +
-        f", blocks and sums {100 * (1 - sum(watch.seconds.values()) / seconds):.0f} %")
+        f"{name} {100 * s / seconds:.0f} %" for name, s in clock.seconds.items()) +
+        f", blocks and sums {100 * (1 - sum(clock.seconds.values()) / seconds):.0f} %")
     run.print(f"blocks   mIoU {100 * blocks['miou']:.2f} % over the points of all blocks, before they are summed: the "
               "metric of papers that do not evaluate whole rooms")
     run.print(f"result   mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, OA {100 * result['oa']:.2f} %, "
@@ -602,6 +588,11 @@ def main(argv=None):
 def predict(files, folder, cfg, saved, setup, votes):
     """Labels for anybody's clouds, with a saved run."""
     rooms = [read_own(file) for file in files]                  # all are readable, or none is labelled
+    names = [room.name for room in rooms]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--predict: several files are called {name}, and {folder}/{name}.ply can hold one; label "
+                             "them one at a time, each with its own --export")
     clip, model = build(cfg, saved, setup)
     recipe = Recipe(**cfg["recipe"])
     for file, room in zip(files, rooms):

@@ -315,6 +315,8 @@ def test_a_run_evaluates_resumes_repeats_and_predicts(small, monkeypatch, capsys
     seg.main(["--eval", "runs/seg-synthetic-1", "--predict", "scan.npy", "scan2.ply"])
     said = capsys.readouterr().out
     assert "scan.npy: 1,500 points" in said and said.count("it has no colours") == 1
+    with pytest.raises(InputError, match="several files are called scan2"):
+        seg.main(["--eval", "runs/seg-synthetic-1", "--predict", "scan2.ply", "./scan2.ply"])
     labels = np.load("runs/seg-synthetic-1/predicted/scan2.npy")
     assert labels.shape == (1500,) and labels.min() >= 0 and labels.max() < 13
     table = scenes.read_ply(Path("runs/seg-synthetic-1/predicted/scan2.ply").read_bytes())
