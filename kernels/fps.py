@@ -16,7 +16,9 @@ distances in registers and moves 12·B·N + 8·B·m bytes in all; larger clouds 
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 try:
@@ -25,8 +27,15 @@ try:
 except ImportError:  # macOS, Windows: every call takes the torch path
     triton = None
 
+try:
+    import numba
+    from scipy.spatial import cKDTree
+except ImportError:  # optional, for CPUs: without them the same points, ten times later
+    numba = None
+
 IN_REGISTERS = ((1024, 4), (2048, 8), (4096, 8), (8192, 16))  # largest N, warps; not timed yet
 STREAMED = (4096, 16)  # points per trip, warps
+FEW = 2048  # points up to which a CPU does not prune
 
 
 def fps_torch(xyz, m, start, lengths):  # (B, N, 3), (B,), (B,) -> (B, m)
@@ -50,6 +59,73 @@ def fps_torch(xyz, m, start, lengths):  # (B, N, 3), (B,), (B,) -> (B, m)
             torch.argmax(nearest, 1, keepdim=True, out=far)  # torch promises the first maximum
     finally:
         torch.set_num_threads(threads)
+    return index
+
+
+if numba:
+    @numba.njit(nogil=True)  # without fastmath: nothing is fused or reordered
+    def _fps_boxes(planes, order, low, high, size, far, index):
+        # planes (3, N): x, y, z of one cloud, sorted so that `size` in a row lie close together;
+        # order (N,) are their indices, low and high (3, boxes) their boxes. Where the new point is
+        # farther from a box than all points in it are from the chosen ones, the box stays as it is;
+        # rounding is monotone, so the bound needs no margin
+        x, y, z = planes[0], planes[1], planes[2]
+        N, boxes = len(x), low.shape[1]
+        nearest = np.full(N, np.inf, np.float32)
+        bits = nearest.view(np.int32)  # sorts the same, and a maximum of integers is vectorised
+        distance = np.empty(boxes, np.float32)
+        radius = np.full(boxes, np.inf, np.float32)  # the farthest point of each box,
+        at = np.zeros(boxes, np.int64)  # and where it is: of equals the lowest index
+        zero = np.float32(0)
+        for i in range(len(index)):
+            index[i] = order[far]
+            cx, cy, cz = x[far], y[far], z[far]
+            for k in range(boxes):
+                dx = max(max(low[0, k] - cx, cx - high[0, k]), zero)
+                dy = max(max(low[1, k] - cy, cy - high[1, k]), zero)
+                dz = max(max(low[2, k] - cz, cz - high[2, k]), zero)
+                distance[k] = (dx * dx + dy * dy) + dz * dz
+            best = np.float32(-1)
+            for k in range(boxes):
+                if distance[k] < radius[k]:
+                    a, e = k * size, (k + 1) * size
+                    X, Y, Z, D, I = x[a:e], y[a:e], z[a:e], nearest[a:e], bits[a:e]
+                    for n in range(len(X)):
+                        dx, dy, dz = X[n] - cx, Y[n] - cy, Z[n] - cz
+                        d = (dx * dx + dy * dy) + dz * dz
+                        D[n] = d if d < D[n] else D[n]
+                    most = np.int32(-1)
+                    for n in range(len(X)):
+                        most = max(most, I[n])
+                    winner = -1
+                    for n in range(a, e if e < N else N):
+                        if bits[n] == most and (winner < 0 or order[n] < order[winner]):
+                            winner = n
+                    radius[k], at[k] = nearest[winner], winner
+                if radius[k] > best or (radius[k] == best and order[at[k]] < order[far]):
+                    best, far = radius[k], at[k]
+
+
+def fps_boxes(xyz, m, start, lengths):
+    """`fps_torch` on a CPU, passing over all that is too far away to change. Clouds in threads."""
+    index = torch.empty(len(xyz), m, dtype=torch.int64)
+    workers = min(torch.get_num_threads(), len(xyz))
+
+    def clouds(w):
+        for b in range(w, len(xyz), workers):
+            cloud = xyz[b, :int(lengths[b])].numpy()
+            if len(cloud) <= FEW:
+                order, size = np.arange(len(cloud)), len(cloud)
+            else:  # a k-d tree has 64 neighbours side by side
+                size = 64
+                order = cKDTree(cloud, size, balanced_tree=False, compact_nodes=False).indices
+            planes, edges = np.ascontiguousarray(cloud[order].T), np.arange(0, len(cloud), size)
+            low, high = (f.reduceat(planes, edges, axis=1) for f in (np.minimum, np.maximum))
+            far = int(np.flatnonzero(order == int(start[b]))[0])
+            _fps_boxes(planes, order, low, high, size, far, index[b].numpy())
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(clouds, range(workers)))
     return index
 
 
@@ -101,8 +177,99 @@ if triton:
                 best = tl.maximum(best, d)
             far = tl.min(tl.where(best == tl.max(best, 0), at, 0x7FFFFFFF), 0)
 
+    @triton.jit
+    def _square(dx, dy, dz):
+        return (dx * dx + dy * dy) + dz * dz
 
-def fps_triton(xyz, m, start, lengths, in_registers=IN_REGISTERS, streamed=STREAMED):
+    @triton.jit
+    def _key(distance, n):  # one int64: the farther the larger, among equals the lower index
+        return (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - n)
+
+    @triton.jit(do_not_specialize=["N", "m", "first"])
+    def _fps_together(xyz, start, lengths, mail, index, N, m, first,
+                      PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, BEST: tl.constexpr):
+        # PROGRAMS programs share one cloud, each holds BLOCK of its points in registers. In a round
+        # each publishes the keys of its BEST farthest points, in descending order, and reads those
+        # of all. No point that is not among them has a key above `bound`, the largest of the last
+        # ones, and keys only fall: so everyone runs FPS on this list, and while its farthest point
+        # reaches `bound`, that is the farthest of the cloud. A round yields at least one sample,
+        # as a rule dozens (NVIDIA's kaolin does the same with one sorted list).
+        #
+        # Only words of 8 bytes pass between programs, each complete in itself, so their order does
+        # not matter. Keys leave the sign bit free: it changes with each use of the two buffers,
+        # which begin as zeros, and tells a new word from an old one. Two are enough: who writes the
+        # next round has read this one from everybody, and they had finished with the one before.
+        g = tl.program_id(0)
+        b = (first + tl.program_id(1)).to(tl.int64)
+        length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 1), N)
+        far = tl.minimum(tl.maximum(tl.load(start + b), 0), length - 1).to(tl.int32)
+        n = tl.arange(0, BLOCK) * PROGRAMS + g  # every program gets its part of every region
+        cloud = xyz + b * N * 3
+        x = tl.load(cloud + n * 3, n < length, 0.0)
+        y = tl.load(cloud + n * 3 + 1, n < length, 0.0)
+        z = tl.load(cloud + n * 3 + 2, n < length, 0.0)
+        cx = tl.load(cloud + far * 3)
+        cy = tl.load(cloud + far * 3 + 1)
+        cz = tl.load(cloud + far * 3 + 2)
+        nearest = tl.minimum(_square(x - cx, y - cy, z - cz), float("inf"))  # never NaN
+        if g == 0:
+            tl.store(index + b * m, far.to(tl.int64))
+        slot = tl.arange(0, PROGRAMS * BEST)
+        i = 1
+        turn = tl.full([], 0, tl.int64)
+        while i < m:
+            box = mail + (b * 2 + turn % 2) * PROGRAMS * BEST
+            sign = (1 - turn // 2 % 2) << 63
+            key = tl.where(n < length, _key(nearest, n), 0)  # 0: no point at all
+            for j in range(BEST):
+                best = tl.max(key, 0)
+                tl.atomic_xchg(box + g * BEST + j, best ^ sign, sem="relaxed", scope="gpu")
+                key = tl.where(key == best, 0, key)
+            key = tl.load(box + slot, volatile=True) ^ sign
+            while tl.min(key, 0) < 0:  # somebody has not written yet
+                key = tl.load(box + slot, volatile=True) ^ sign
+            bound = tl.max(tl.where(slot % BEST == BEST - 1, key, 0), 0)
+            real = key > 0
+            at = tl.where(real, 0x7FFFFFFF - (key & 0x7FFFFFFF), 0)
+            distance = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            px = tl.load(cloud + at * 3)
+            py = tl.load(cloud + at * 3 + 1)
+            pz = tl.load(cloud + at * 3 + 2)
+            best = tl.max(key, 0)
+            while (best >= bound) & (i < m):
+                far = (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+                if g == 0:
+                    tl.store(index + b * m + i, far.to(tl.int64))
+                cx = tl.load(cloud + far * 3)
+                cy = tl.load(cloud + far * 3 + 1)
+                cz = tl.load(cloud + far * 3 + 2)
+                nearest = tl.minimum(nearest, _square(x - cx, y - cy, z - cz))
+                distance = tl.minimum(distance, _square(px - cx, py - cy, pz - cz))
+                best = tl.max(tl.where(real, _key(distance, at), 0), 0)
+                i += 1
+            turn += 1
+
+
+def shares(N):
+    """How programs share a cloud of N points. Not timed yet.
+
+    Each of the 256 threads of a program must read at least one word of the list: one that two of
+    them read might look old to the one and new to the other.
+    """
+    programs = max(16, triton.next_power_of_2(triton.cdiv(N, 4096)))
+    return dict(PROGRAMS=programs, BLOCK=triton.next_power_of_2(triton.cdiv(N, programs)),
+                BEST=max(2, min(16, 512 // programs)), num_warps=8)
+
+
+def seats(xyz):
+    """How many programs can wait for each other: a GPU runs one on each multiprocessor at least. The
+    interpreter runs one after the other, and triton 3.2 has no cooperative launch."""
+    if xyz.is_cuda and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):
+        return torch.cuda.get_device_properties(xyz.device).multi_processor_count
+    return 0 if xyz.is_cuda else 1
+
+
+def fps_triton(xyz, m, start, lengths, in_registers=IN_REGISTERS, share=None, streamed=STREAMED):
     B, N, _ = xyz.shape
     index = torch.empty(B, m, dtype=torch.int64, device=xyz.device)
     with torch.cuda.device_of(xyz):  # Triton launches on the current device
@@ -111,6 +278,17 @@ def fps_triton(xyz, m, start, lengths, in_registers=IN_REGISTERS, streamed=STREA
                 _fps_registers[(B,)](xyz, start, lengths, index, N, m, BLOCK=block,
                                      num_warps=warps, enable_fp_fusion=False)
                 return index
+        share = share or shares(N)
+        at_once = seats(xyz) // share["PROGRAMS"]  # clouds
+        if at_once:
+            mail = torch.zeros(B, 2, share["PROGRAMS"], share["BEST"], dtype=torch.int64,
+                               device=xyz.device)
+            cooperative = dict(launch_cooperative_grid=True) if xyz.is_cuda else {}
+            for first in range(0, B, at_once):  # the driver refuses what cannot run at once
+                _fps_together[(share["PROGRAMS"], min(at_once, B - first))](
+                    xyz, start, lengths, mail, index, N, m, first, **share, **cooperative,
+                    enable_fp_fusion=False)
+            return index
         nearest = torch.full((B, N), float("inf"), device=xyz.device)
         block, warps = streamed
         _fps_stream[(B,)](xyz, start, lengths, nearest, index, N, m, BLOCK=block,
@@ -141,7 +319,10 @@ def _operator(xyz: torch.Tensor, m: int, start: torch.Tensor, lengths: torch.Ten
                              f"0 .. lengths - 1, lengths = {lengths.tolist()}")
     if B == 0:
         return torch.empty(0, m, dtype=torch.int64, device=xyz.device)
-    return (fps_triton if use_triton(xyz) else fps_torch)(xyz, m, start, lengths)
+    if use_triton(xyz):
+        return fps_triton(xyz, m, start, lengths)
+    boxes = numba is not None and xyz.device.type == "cpu"
+    return (fps_boxes if boxes else fps_torch)(xyz, m, start, lengths)
 
 
 @_operator.register_fake

@@ -105,12 +105,72 @@ def test_fps_in_triton_equals_torch_and_brute_force(triton_device, kind, B, N, m
 
 
 @pytest.mark.parametrize("kind", ["random", "lattice", "identical"])
-def test_streaming_fps_equals_torch(triton_device, kind):
+def test_streaming_fps_equals_torch(triton_device, monkeypatch, kind):
     xyz = make_cloud(kind, 3, 300)
     start, lengths = torch.tensor([0, 130, 5]), torch.tensor([300, 131, 64])
     moved = [t.to(triton_device) for t in (xyz, start, lengths)]
+    monkeypatch.setattr(fps_file, "seats", lambda xyz: 0)
     index = fps_file.fps_triton(moved[0], 40, *moved[1:], in_registers=(), streamed=(64, 4))
     assert torch.equal(index.cpu(), fps_twin(xyz, 40, start, lengths))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("N, m, best", [(300, 30, 8), (40, 40, 4), (9, 7, 2), (1, 1, 2)])
+def test_fps_in_rounds_equals_torch(triton_device, kind, N, m, best):
+    xyz = make_cloud(kind, 3, N)
+    start = torch.tensor([0, N // 2, N - 1])
+    lengths = torch.tensor([N, max(m, N // 2 + 1), max(m, N - 3)])
+    moved = [t.to(triton_device) for t in (xyz, start.minimum(lengths - 1), lengths)]
+    share = fps_file.shares(N) if triton_device.type == "cuda" else dict(
+        PROGRAMS=1, BLOCK=512, BEST=best)  # the interpreter cannot run two at a time
+    index = fps_file.fps_triton(moved[0], m, *moved[1:], in_registers=(), share=share)
+    assert torch.equal(index.cpu(), fps_twin(xyz, m, start.minimum(lengths - 1), lengths))
+
+
+TOGETHER = """
+import importlib, multiprocessing, sys
+import torch
+from triton.runtime.interpreter import interpreter_builder
+fps = importlib.import_module("kernels.fps")
+torch.set_num_threads(1)
+PROGRAMS, N, m = 4, 150, 40
+g = torch.Generator().manual_seed(0)
+xyz = torch.stack([torch.rand(N, 3, generator=g), (torch.rand(N, 3, generator=g) * 4).floor()])
+start, lengths = torch.tensor([3, 0]), torch.tensor([N, 101])
+mail = torch.zeros(2, 2, PROGRAMS, 4, dtype=torch.int64).share_memory_()
+index = torch.full((2, m), -1).share_memory_()
+
+def program(rank):
+    size, place = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+    interpreter_builder.set_grid_dim = lambda x, y, z: size(PROGRAMS, y, z)
+    interpreter_builder.set_grid_idx = lambda x, y, z: place(rank, y, z)
+    mine = index if rank == 0 else torch.full((2, m), -1)
+    fps._fps_together[(1, 2)](xyz, start, lengths, mail, mine, N, m, 0, PROGRAMS=PROGRAMS, BLOCK=64,
+                              BEST=4, num_warps=8, enable_fp_fusion=False)
+    assert rank == 0 or (mine == -1).all(), "only the first one writes"
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=program, args=(rank,), daemon=True) for rank in range(PROGRAMS)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0] * PROGRAMS
+    truth = fps.fps_torch(xyz, m, start, lengths)
+    assert torch.equal(index, truth), (index, truth)
+"""
+
+
+def test_fps_programs_that_wait_for_each_other_equal_torch(tmp_path, triton_device):
+    # each program of the grid is interpreted in a process of its own, all at the same time
+    if triton_device.type == "cuda":
+        pytest.skip("on a CUDA card test_fps_in_rounds_equals_torch runs 16 programs for each cloud")
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300,
+                         env=dict(os.environ, PYTHONPATH=str(ROOT), TRITON_INTERPRET="1"))
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_fps_chooses_the_points_computed_by_hand(triton_device):
@@ -153,6 +213,36 @@ def test_fps_takes_other_dtypes_and_strides(triton_device, dtype):
     xyz = wide[:, ::3, 1:4]  # neither contiguous nor float32
     index = farthest_point_sample(xyz.to(triton_device), 20)
     assert torch.equal(index.cpu(), fps_twin(xyz.float().contiguous(), 20))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("B, N, m, few", [(2, 300, 60, 0), (3, 65, 65, 0), (1, 1, 1, 0),
+                                          (2, 300, 60, 300), (1, 2500, 300, 2048)])
+def test_fps_in_boxes_equals_torch(monkeypatch, kind, B, N, m, few):
+    pytest.importorskip("numba", reason="needs numba: compares its loop with torch")
+    monkeypatch.setattr(fps_file, "FEW", few)  # larger clouds go through the tree
+    xyz = make_cloud(kind, B, N)
+    assert torch.equal(fps_file.fps_boxes(xyz, m, torch.zeros(B).long(), torch.full((B,), N)),
+                       fps_twin(xyz, m))
+    start = torch.arange(B) * 7 % N
+    lengths = torch.tensor([N, max(m, N // 2 + 1), m])[:B]
+    assert torch.equal(farthest_point_sample(xyz, m, start, lengths),
+                       fps_twin(xyz, m, start, lengths))
+
+
+def test_fps_in_boxes_far_from_the_origin_equals_torch(monkeypatch):
+    # coordinates of 1e5 have a spacing of 1/128: the bound of a box must be right in rounded numbers
+    pytest.importorskip("numba", reason="needs numba: compares its loop with torch")
+    monkeypatch.setattr(fps_file, "FEW", 0)
+    xyz = make_cloud("random", 2, 1500) + torch.tensor([1e5, -1e5, 3e4])
+    assert torch.equal(farthest_point_sample(xyz, 400), fps_twin(xyz, 400))
+
+
+def test_without_numba_fps_chooses_the_same_points(monkeypatch):
+    xyz = make_cloud("lattice", 2, 3000)
+    index = farthest_point_sample(xyz, 20)
+    monkeypatch.setattr(fps_file, "numba", None)
+    assert torch.equal(farthest_point_sample(xyz, 20), index)
 
 
 def test_torch_argmax_returns_the_first_maximum():

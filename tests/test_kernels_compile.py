@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TYPES = dict(xyz="*fp32", query="*fp32", points="*fp32", start="*i64", lengths="*i64",
+TYPES = dict(xyz="*fp32", query="*fp32", points="*fp32", start="*i64", lengths="*i64", mail="*i64", first="i32",
              nearest="*fp32", dist2="*fp32", index="*i64", source="*i64", weight="*fp32",
              ends="*i64", N="i32", M="i32", m="i32", k="i32", tiles="i32", T="i32", C="i32")
 
@@ -26,11 +26,15 @@ def configurations():
     """(name, kernel, argument types, constexpr and options) from the launchers' own tables."""
     fps, knn, interpolate = (importlib.import_module(f"kernels.{name}")
                              for name in ("fps", "knn", "interpolate"))
+    sizes = [2 ** i + j for i in range(21) for j in (0, 1)]
     for block, warps in fps.IN_REGISTERS:
         yield "fps_registers", fps._fps_registers, TYPES, dict(BLOCK=block, num_warps=warps)
+    chosen = {str(c): c for N in sizes if N > fps.IN_REGISTERS[-1][0] for c in [fps.shares(N)]}
+    for config in chosen.values():
+        if config["PROGRAMS"] <= 128:  # above, no card has the multiprocessors
+            yield "fps_together", fps._fps_together, TYPES, dict(config, launch_cooperative_grid=True)
     block, warps = fps.STREAMED
     yield "fps_stream", fps._fps_stream, TYPES, dict(BLOCK=block, num_warps=warps)
-    sizes = [2 ** i + j for i in range(21) for j in (0, 1)]
     chosen = {str(c): c for N in sizes for k in range(1, knn.MAX_K + 1) for c in [knn.blocks(N, k)]}
     for config in chosen.values():
         yield "knn", knn._knn, TYPES, config
@@ -47,7 +51,8 @@ def compile_kernel(kernel, types, config, sm):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     config = dict(config)
-    options = dict(num_warps=config.pop("num_warps"), enable_fp_fusion=False)
+    options = dict(enable_fp_fusion=False, **{name: config.pop(name) for name in (
+        "num_warps", "launch_cooperative_grid") if name in config})
     signature = {name: "constexpr" if name in config else types[name] for name in kernel.arg_names}
     # torch's memory starts at multiples of 16 bytes, and a launch tells the compiler so
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature)
@@ -99,7 +104,7 @@ def test_every_kernel_configuration_compiles_for_sm_80_and_sm_90(table):
     assert not [row for row in table if "error" in row]
     assert {row["sm"] for row in table} == {80, 90}
     names = {row["kernel"].split()[0] for row in table}
-    assert names == {"fps_registers", "fps_stream", "knn", "interpolate_forward",
+    assert names == {"fps_registers", "fps_together", "fps_stream", "knn", "interpolate_forward",
                      "interpolate_backward"}
 
 
