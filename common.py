@@ -51,6 +51,20 @@ def gather(values, idx):
     return values.gather(1, rows).view(*idx.shape, values.shape[-1])
 
 
+def random_rows(inside, count, draw):
+    """`count` rows where `inside` (N,) holds, in random order; all and then some again if there are fewer.
+
+    draw is a torch.Generator on the device of `inside`, from which nothing is read back.
+    """
+    device, N = inside.device, len(inside)
+    key = torch.rand(N, device=device, generator=draw).masked_fill_(~inside, 2.0)
+    rows = key.topk(min(count, N), largest=False).indices               # those inside come first
+    found = inside.sum()
+    again = (torch.rand(count, device=device, generator=draw) * found).long().minimum(found - 1)
+    place = torch.arange(count, device=device)
+    return rows[torch.where(place < found, place, again.clamp_min(0))]
+
+
 class PointTokenizer(nn.Module):
     """Cut clouds into patches and turn every patch into a token: mini-PointNet, eq. (9).
 

@@ -202,30 +202,36 @@ class Batch(NamedTuple):
 def make_batch(scenes, points, device, seeds=None, cuboid=True):
     """Scenes -> Batch. seeds: augment, as 3DETR: random cuboid, flips, rotation. No jitter."""
     rows = []
+    unit = torch.cat([torch.zeros(3, device=device), torch.ones(3, device=device)])
     for i, scene in enumerate(scenes):
         xyz, boxes, label = (x.to(device) for x in scene[1:])
         # each scene draws from its own stream: the same in one process or in eight, and after --resume
         seed = zlib.crc32(scene.name.encode()) if seeds is None else seeds[i]
         draw = torch.Generator(device).manual_seed(seed)
+        n, pad, real = len(xyz), MAX_BOXES - len(boxes), torch.arange(MAX_BOXES, device=device) < len(boxes)
+        boxes, label = torch.cat([boxes, unit.expand(pad, 6)]), F.pad(label, (0, pad))
         if seeds is not None and cuboid:
-            xyz, boxes, label = random_cuboid(xyz, boxes, label, points, draw)
-        n = len(xyz)
-        order = torch.randperm(n, device=device, generator=draw)[:points]
-        if n < points:                      # all of them, then some again
-            more = torch.randint(n, (points - n,), device=device, generator=draw)
-            order = torch.cat([order, more])
+            inside, real = random_cuboid(xyz, boxes, real, points, draw)
+            order = common.random_rows(inside, points, draw)
+        else:
+            order = torch.randperm(n, device=device, generator=draw)[:points]
+            if n < points:                  # all of them, then some again
+                more = torch.randint(n, (points - n,), device=device, generator=draw)
+                order = torch.cat([order, more])
         xyz = xyz[order]
         if seeds is not None:
             xyz, boxes = turn(xyz, boxes, torch.rand(3, device=device, generator=draw))
-        pad = MAX_BOXES - len(boxes)
-        rows.append((xyz, xyz.amin(0), xyz.amax(0),
-                     torch.cat([boxes, torch.tensor([0., 0, 0, 1, 1, 1], device=device).expand(pad, 6)]),
-                     F.pad(label, (0, pad)), torch.arange(MAX_BOXES, device=device) < len(boxes)))
+        rows.append((xyz, xyz.amin(0), xyz.amax(0), torch.where(real[:, None], boxes, unit),
+                     label.masked_fill(~real, 0), real))
     return Batch(*(torch.stack(column) for column in zip(*rows)))
 
 
-def random_cuboid(xyz, boxes, label, points, draw, tries=100):
-    """A random part of the scene with at least 3/4 of `points` and one box, or all of it [3DETR]."""
+def random_cuboid(xyz, boxes, real, points, draw, tries=100):
+    """A random part of the scene with at least 3/4 of `points` and one box, or all of it [3DETR].
+
+    -> which points (n,) and which boxes (MAX_BOXES,) are in it. All tries are made at once, so that the
+    host need not wait for the outcome of one before the next.
+    """
     def rand(*shape):
         return torch.rand(*shape, device=xyz.device, generator=draw)
 
@@ -234,15 +240,15 @@ def random_cuboid(xyz, boxes, label, points, draw, tries=100):
     half = (xyz.amax(0) - xyz.amin(0)) * share / 2
     pairs = share[:, [0, 0, 1]] / share[:, [1, 2, 2]]
     shapely = (torch.minimum(pairs, 1 / pairs) >= 0.8).any(1)
-    for k in shapely.nonzero()[:, 0].tolist() if len(boxes) else ():
-        inside = ((xyz - middle[k]).abs() <= half[k]).all(1)
-        if inside.sum() < 0.75 * points:
-            continue
-        cut = xyz[inside]
-        kept = ((boxes[:, :3] >= cut.amin(0)) & (boxes[:, :3] <= cut.amax(0))).all(1)
-        if kept.any():
-            return cut, boxes[kept], label[kept]
-    return xyz, boxes, label
+    inside = xyz.new_ones(tries, len(xyz), dtype=torch.bool)
+    for axis in range(3):
+        inside &= (xyz[:, axis] - middle[:, axis, None]).abs() <= half[:, axis, None]
+    low = torch.stack([xyz[:, a].expand(tries, -1).masked_fill(~inside, float("inf")).amin(1) for a in range(3)], 1)
+    high = torch.stack([xyz[:, a].expand(tries, -1).masked_fill(~inside, -float("inf")).amax(1) for a in range(3)], 1)
+    kept = ((boxes[:, :3] >= low[:, None]) & (boxes[:, :3] <= high[:, None])).all(2) & real     # (tries, MAX_BOXES)
+    good = shapely & (inside.sum(1) >= 0.75 * points) & kept.any(1)
+    first, none = good.int().argmax(0, keepdim=True), ~good.any()
+    return inside[first][0] | none, torch.where(none, real, kept[first][0])
 
 
 def turn(xyz, boxes, draw):
@@ -396,19 +402,25 @@ def iou_terms(a, b):
 def match(out, batch):
     """Hungarian matching of every layer and scene: -> (L, B, MAX_BOXES) query of each box, 0 for padding.
 
-    One copy of the costs goes to the CPU, one table of indices comes back.
+    One copy of the costs goes to the CPU, one table of indices comes back: the only place of a step where
+    the host waits for the device.
     """
     boxes = torch.cat([out.center, out.size], -1)                       # (L, B, Q, 6)
     _, giou = iou_terms(boxes[:, :, :, None], batch.boxes[:, None])     # (L, B, Q, K)
     label = batch.label[None, :, None].expand(*giou.shape)
     cost = -COST["class"] * out.logits.softmax(-1).gather(-1, label) - COST["giou"] * giou
-    cost, counts = cost.cpu().numpy(), batch.real.sum(1).tolist()
+    # NaN: the loop reports a loss that is not finite. inf: not a box
+    cost = torch.where(batch.real[:, None], cost.nan_to_num(1e9), float("inf")).cpu().numpy()
     chosen = np.zeros((*cost.shape[:2], MAX_BOXES), np.int64)
     for layer in range(cost.shape[0]):
-        for i, k in enumerate(counts):
-            rows, columns = linear_sum_assignment(cost[layer, i, :, :k])
-            chosen[layer, i, columns] = rows
-    return torch.from_numpy(chosen).to(out.logits.device)
+        for i in range(cost.shape[1]):
+            boxes = np.flatnonzero(cost[layer, i, 0] < np.inf)
+            rows, columns = linear_sum_assignment(cost[layer, i][:, boxes])
+            chosen[layer, i, boxes[columns]] = rows
+    chosen = torch.from_numpy(chosen)
+    if out.logits.is_cuda:
+        chosen = chosen.pin_memory()                            # or the copy back would wait, too
+    return chosen.to(out.logits.device, non_blocking=True)
 
 
 def losses(out, batch):

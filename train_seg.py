@@ -199,19 +199,19 @@ def features(room, rows, center, size):
 
 
 def training_block(room, recipe, seed, tries=10):
-    """A random column of the room -> points (N, 9) turned about z, labels (N,)."""
+    """A random column of the room -> points (N, 9) turned about z, labels (N,). The host waits for nothing."""
     draw = torch.Generator(room.xyz.device).manual_seed(seed)
-    rows = None
-    for _ in range(tries):                                      # blocks at the rim may be nearly empty
-        at = torch.randint(len(room.xyz), (1,), device=room.xyz.device, generator=draw)
-        center = room.xyz[at, :2][0]
-        inside = ((room.xyz[:, :2] - center).abs() <= recipe.block / 2).all(1).nonzero()[:, 0]
-        if rows is None or len(inside) > len(rows):
-            rows, middle = inside, center
-        if len(rows) > LEAST * recipe.points / 4096:
-            break
-    rows = rows[sample(len(rows), recipe.points, draw)]
-    points = features(room, rows, middle, room.xyz.amax(0).clamp_min(1e-3))
+    centers = room.xyz[torch.randint(len(room.xyz), (tries,), device=draw.device, generator=draw), :2]
+    x, y = room.xyz[:, 0].contiguous(), room.xyz[:, 1].contiguous()
+    inside = torch.stack([((x - cx).abs() <= recipe.block / 2) & ((y - cy).abs() <= recipe.block / 2)
+                          for cx, cy in centers])                                       # (tries, n)
+    count = inside.sum(1)
+    # blocks at the rim may be nearly empty: the first with enough points, or else the fullest
+    turn = torch.arange(tries, device=draw.device)
+    enough = count > LEAST * recipe.points / 4096
+    best = torch.where(enough, len(room.xyz) + tries - turn, count).argmax(0, keepdim=True)     # (1,)
+    rows = common.random_rows(inside[best][0], recipe.points, draw)
+    points = features(room, rows, centers[best][0], room.xyz.amax(0).clamp_min(1e-3))
     angle = torch.rand(1, device=draw.device, generator=draw) * recipe.turn * torch.pi / 180
     x, y = points[:, 0].clone(), points[:, 1].clone()
     points[:, 0], points[:, 1] = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
@@ -511,7 +511,7 @@ def train_step(model, optimizer, rooms, order, step, epoch, recipe, cfg, setup):
         loss = loss * (last > first)
         # over all points, labelled or not, so that parts and processes add up; gradients are averaged
         (loss * common.world_size() / (B * recipe.points)).backward()
-        sums += torch.stack([loss.detach(), (logits.argmax(2) == label)[counted].sum() * (last > first),
+        sums += torch.stack([loss.detach(), ((logits.argmax(2) == label) & counted).sum() * (last > first),
                              counted.sum() * (last > first)])
     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     optimizer.step()

@@ -389,3 +389,16 @@ def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):
         common.Run(tmp_path / "file" / "run")
+
+
+def test_random_rows_are_all_those_inside_before_any_comes_twice():
+    inside = torch.rand(500, generator=torch.Generator().manual_seed(0)) < 0.3
+    n = int(inside.sum())
+    for count in (1, n - 1, n, n + 1, 3 * n, 700):
+        rows = common.random_rows(inside, count, torch.Generator().manual_seed(1))
+        assert rows.shape == (count,) and inside[rows].all()
+        assert len(rows[:n].unique()) == min(count, n)
+    first = [common.random_rows(inside, 1, torch.Generator().manual_seed(i)).item() for i in range(60)]
+    assert len(set(first)) > 40
+    assert not torch.equal(rows[:n], rows[:n].sort().values)
+    assert (common.random_rows(torch.tensor([False, True]), 5, torch.Generator()) == 1).all()

@@ -224,11 +224,43 @@ def test_points_stay_in_their_boxes_when_a_scene_is_flipped_and_turned(rooms):
 
 def test_a_random_cuboid_keeps_enough_points_and_boxes_whose_centre_is_in_it(rooms):
     scene = scene_of(rooms[0])
+    real = torch.arange(len(scene.boxes)) > 0                            # the first one is padding
+    parts = set()
     for seed in range(10):
         draw = torch.Generator().manual_seed(seed)
-        xyz, boxes, label = det.random_cuboid(*scene[1:], 1000, draw)
-        assert len(xyz) >= 750 and len(boxes) == len(label) >= 1
-        assert ((boxes[:, :3] >= xyz.amin(0)) & (boxes[:, :3] <= xyz.amax(0))).all()
+        inside, kept = det.random_cuboid(scene.xyz, scene.boxes, real, 1000, draw)
+        xyz, boxes = scene.xyz[inside], scene.boxes[kept]
+        assert len(xyz) >= 750 and len(boxes) >= 1 and not kept[0]
+        within = ((scene.boxes[:, :3] >= xyz.amin(0)) & (scene.boxes[:, :3] <= xyz.amax(0))).all(1)
+        assert torch.equal(kept, within & real)
+        size = scene.xyz.amax(0) - scene.xyz.amin(0)
+        assert ((xyz.amax(0) - xyz.amin(0)) <= size * (1 + 1e-5)).all()
+        parts.add(len(xyz))
+    assert len(parts) > 5
+
+
+@pytest.mark.parametrize("what", ["no box", "too few points"])
+def test_where_no_cuboid_fits_the_whole_scene_is_taken(rooms, what):
+    scene = scene_of(rooms[0])
+    real = torch.full((len(scene.boxes),), what != "no box")
+    points = 1000 if what == "no box" else 10 * len(scene.xyz)
+    inside, kept = det.random_cuboid(scene.xyz, scene.boxes, real, points, torch.Generator().manual_seed(0))
+    assert inside.all() and torch.equal(kept, real)
+
+
+def test_a_batch_of_cuboids_holds_points_and_boxes_of_its_scenes(rooms):
+    scenes = [scene_of(room) for room in rooms[:2]] + [EMPTY]
+    batch = det.make_batch(scenes, 700, torch.device("cpu"), [1, 2, 3], cuboid=True)
+    assert batch.xyz.shape == (3, 700, 3) and batch.real[:2].any(1).all() and not batch.real[2].any()
+    unit = torch.tensor([0., 0, 0, 1, 1, 1])
+    assert (batch.boxes[~batch.real] == unit).all() and (batch.label[~batch.real] == 0).all()
+    for i, scene in enumerate(scenes[:2]):
+        kept = batch.real[i, :len(scene.boxes)]
+        assert torch.equal(batch.label[i, :len(kept)][kept], scene.label[kept])
+        turned = batch.boxes[i, :len(kept)][kept]                        # by up to 5 degrees: nearly the same height
+        assert torch.allclose(turned[:, 5], scene.boxes[kept][:, 5], atol=1e-5)
+        assert torch.allclose(turned[:, 2], scene.boxes[kept][:, 2], atol=1e-5)
+        assert torch.equal(batch.low[i], batch.xyz[i].amin(0))
 
 
 # --- boxes and matching ---------------------------------------------------------------------------
@@ -265,6 +297,22 @@ def test_the_matching_is_the_best_of_all_matchings(rooms):
     cost = -out.logits[0, 0].softmax(-1)[:, batch.label[0, :3]] - 2 * giou              # (Q, 3)
     every = {p: sum(cost[q, k].item() for k, q in enumerate(p)) for p in itertools.permutations(range(5), 3)}
     assert tuple(chosen.tolist()) == min(every, key=every.get)
+
+
+def test_the_matching_passes_over_boxes_that_are_not_there_and_over_nan(rooms):
+    torch.manual_seed(0)
+    scene = scene_of(rooms[0])
+    batch = det.make_batch([scene, scene], 512, torch.device("cpu"))
+    n = len(scene.boxes)
+    out = output(torch.rand(2, n + 3, 3) * 4, torch.rand(2, n + 3, 3) + .3, torch.randn(2, n + 3, 9), batch.low, batch.high)
+    holes = batch._replace(real=batch.real.clone())
+    holes.real[:, 1] = False
+    short = batch._replace(boxes=batch.boxes[:, [0, *range(2, n), 1]], label=batch.label[:, [0, *range(2, n), 1]],
+                           real=batch.real[:, 1:n + 1])
+    chosen = det.match(out, holes)[0, 0, :n]
+    assert torch.equal(chosen[[0, *range(2, n)]], det.match(out, short)[0, 0, :n - 1]) and chosen[1] == 0
+    out.logits[:, 1] = float("nan")
+    assert not torch.isfinite(sum(det.losses(out, batch).values()))      # and no traceback
 
 
 def test_losses_vanish_for_perfect_boxes_and_know_the_no_object_weight(rooms):

@@ -191,6 +191,18 @@ def test_a_training_block_is_one_column_of_its_room_and_repeats_by_its_seed(room
     assert torch.equal(label, room.label[row].long())
 
 
+def test_a_training_block_is_the_first_one_with_enough_points_or_the_fullest():
+    # a dense square metre and far from it lone points: every other centre is a lone one, the block never is
+    g = torch.Generator().manual_seed(0)
+    xyz = torch.cat([torch.rand(1500, 3, generator=g), 50 + torch.arange(1500)[:, None] * torch.tensor([3., 3, 0])])
+    room = seg.Room("r", xyz, torch.zeros(3000, 3).byte(), (torch.arange(3000) >= 1500).short())
+    labels = [seg.training_block(room, SMALL, seed)[1] for seed in range(8)]
+    assert all((label == 0).all() for label in labels)
+    lone = seg.Room("r", xyz[1500:], room.rgb[1500:], torch.arange(1500).short())
+    points, label = seg.training_block(lone, SMALL, 0)                                  # nothing is full: one point
+    assert len(points) == SMALL.points and len(label.unique()) == 1
+
+
 @pytest.mark.parametrize("size, points, block", [((5, 3.3, 2), 4000, 1.), ((.4, .3, 2), 50, 1.), ((1.5, 7, 1), 700, 2.),
                                                  ((2, 2, 2), 3, 1.), ((1, 1, 1), 1, 1.)])
 def test_windows_cover_every_point_and_leave_no_room(size, points, block):
