@@ -278,21 +278,28 @@ def train_episode(model, samples, label, points, truth, text, cfg, setup, seed, 
             for group in optimizer.param_groups:
                 group["lr"] = common.learning_rate(epoch + step / steps, recipe.lr, recipe.epochs,
                                                    recipe.warmup)
-            optimizer.zero_grad(set_to_none=True)
-            for mine in rows.tensor_split(cfg["accumulate"]):
-                with setup.autocast():
-                    logits, embedding = model(augment(samples[mine], recipe.points))
-                part = sum(loss_terms(logits, embedding, label[mine], text, cfg["text_loss"])) / len(rows)
-                part.backward()
-                loss = loss + part.detach()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            optimizer.step()
+            loss = loss + train_step(model, optimizer, samples, label, rows, text, recipe, cfg, setup)
         if not torch.isfinite(loss):
             raise InputError(f"the loss is not finite in epoch {epoch + 1} of an episode; finished "
                              "episodes are saved; try a lower --lr or --precision fp32")
         curve.append(accuracy(model, points, truth, setup))
         tick()
     return curve
+
+
+def train_step(model, optimizer, samples, label, rows, text, recipe, cfg, setup):
+    """One step on the clouds `rows`. -> the loss; no value is read back from the device."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = 0
+    for mine in rows.tensor_split(cfg["accumulate"]):
+        with setup.autocast():
+            logits, embedding = model(augment(samples[mine], recipe.points))
+        part = sum(loss_terms(logits, embedding, label[mine], text, cfg["text_loss"])) / len(rows)
+        part.backward()
+        loss = loss + part.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    optimizer.step()
+    return loss
 
 
 class Encoders:

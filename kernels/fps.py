@@ -4,12 +4,18 @@
     index[b, i] = argmax_n min_{j < i} |xyz[b, n] - xyz[b, index[b, j]]|²      (ties: lowest n)
 
 PointNet++ (arXiv 1706.02413), section 3.2. xyz (B, N, 3) -> index (B, m) int64, 10·B·N·m
-operations. Distances are fp32, (dx·dx + dy·dy) + dz·dz without fused multiply-add, so torch, the
-interpreter and every GPU choose the same points. All clouds advance together, but the m steps wait
-for each other: what counts is the time of one step. Plain torch passes its buffers through memory
-in each of them, about 60·B·N·m bytes. The kernel keeps a cloud of up to 8,192 points and its
-distances in registers and moves 12·B·N + 8·B·m bytes in all; larger clouds are streamed from L2,
-20·B·N·m bytes.
+operations. Distances are fp32, (dx·dx + dy·dy) + dz·dz without fused multiply-add, so that every
+way below chooses the same points. Clouds are independent, but of a cloud the m steps wait for each
+other: what counts is the time of one step.
+
+    fps_torch        the specification. Its buffers pass through memory, 60·B·N·m bytes
+    fps_boxes        CPUs with numba: points in boxes, and of those only the ones within reach
+    _fps_registers   GPUs, up to 8,192 points: a program holds a cloud and its distances in
+                     registers and moves 12·B·N + 8·B·m bytes in all
+    _fps_together    GPUs, larger clouds: programs share a cloud and find dozens of samples
+                     between two times of waiting for each other
+    _fps_stream      clouds too large for the card's multiprocessors, and triton 3.2: from L2,
+                     20·B·N·m bytes
 
     python kernels/fps.py
 """
@@ -35,7 +41,7 @@ except ImportError:  # optional, for CPUs: without them the same points, ten tim
 
 IN_REGISTERS = ((1024, 4), (2048, 8), (4096, 8), (8192, 16))  # largest N, warps; not timed yet
 STREAMED = (4096, 16)  # points per trip, warps
-FEW = 2048  # points up to which a CPU does not prune
+FEW = 256  # samples up to which sorting a cloud costs a CPU more than it saves
 
 
 def fps_torch(xyz, m, start, lengths):  # (B, N, 3), (B,), (B,) -> (B, m)
@@ -89,14 +95,15 @@ if numba:
             for k in range(boxes):
                 if distance[k] < radius[k]:
                     a, e = k * size, (k + 1) * size
-                    X, Y, Z, D, I = x[a:e], y[a:e], z[a:e], nearest[a:e], bits[a:e]
-                    for n in range(len(X)):
-                        dx, dy, dz = X[n] - cx, Y[n] - cy, Z[n] - cz
+                    # slices from 0 on, and one loop for each thing: so they become vector instructions
+                    xs, ys, zs, ds, ints = x[a:e], y[a:e], z[a:e], nearest[a:e], bits[a:e]
+                    for n in range(len(xs)):
+                        dx, dy, dz = xs[n] - cx, ys[n] - cy, zs[n] - cz
                         d = (dx * dx + dy * dy) + dz * dz
-                        D[n] = d if d < D[n] else D[n]
+                        ds[n] = d if d < ds[n] else ds[n]
                     most = np.int32(-1)
-                    for n in range(len(X)):
-                        most = max(most, I[n])
+                    for n in range(len(xs)):
+                        most = max(most, ints[n])
                     winner = -1
                     for n in range(a, e if e < N else N):
                         if bits[n] == most and (winner < 0 or order[n] < order[winner]):
@@ -114,7 +121,7 @@ def fps_boxes(xyz, m, start, lengths):
     def clouds(w):
         for b in range(w, len(xyz), workers):
             cloud = xyz[b, :int(lengths[b])].numpy()
-            if len(cloud) <= FEW:
+            if m <= FEW:  # one box: nothing is passed over
                 order, size = np.arange(len(cloud)), len(cloud)
             else:  # a k-d tree has 64 neighbours side by side
                 size = 64
@@ -253,17 +260,19 @@ if triton:
 def shares(N):
     """How programs share a cloud of N points. Not timed yet.
 
-    Each of the 256 threads of a program must read at least one word of the list: one that two of
-    them read might look old to the one and new to the other.
+    The list has a word for each of the 256 threads of a program: one that two of them read might
+    look old to the one and new to the other.
     """
     programs = max(16, triton.next_power_of_2(triton.cdiv(N, 4096)))
-    return dict(PROGRAMS=programs, BLOCK=triton.next_power_of_2(triton.cdiv(N, programs)),
-                BEST=max(2, min(16, 512 // programs)), num_warps=8)
+    block = triton.next_power_of_2(max(256, triton.cdiv(N, programs)))
+    return dict(PROGRAMS=programs, BLOCK=block, BEST=max(2, min(16, 512 // programs)), num_warps=8)
 
 
 def seats(xyz):
-    """How many programs can wait for each other: a GPU runs one on each multiprocessor at least. The
-    interpreter runs one after the other, and triton 3.2 has no cooperative launch."""
+    """How many programs can wait for each other: one for each multiprocessor of the card.
+
+    The interpreter runs one after the other, and triton 3.2 has no cooperative launch.
+    """
     if xyz.is_cuda and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):
         return torch.cuda.get_device_properties(xyz.device).multi_processor_count
     return 0 if xyz.is_cuda else 1

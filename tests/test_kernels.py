@@ -128,7 +128,7 @@ def test_fps_in_rounds_equals_torch(triton_device, kind, N, m, best):
 
 
 TOGETHER = """
-import importlib, multiprocessing, sys
+import importlib, multiprocessing, signal
 import torch
 from triton.runtime.interpreter import interpreter_builder
 fps = importlib.import_module("kernels.fps")
@@ -141,6 +141,7 @@ mail = torch.zeros(2, 2, PROGRAMS, 4, dtype=torch.int64).share_memory_()
 index = torch.full((2, m), -1).share_memory_()
 
 def program(rank):
+    signal.alarm(120)                                       # whoever waits in vain ends
     size, place = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
     interpreter_builder.set_grid_dim = lambda x, y, z: size(PROGRAMS, y, z)
     interpreter_builder.set_grid_idx = lambda x, y, z: place(rank, y, z)
@@ -215,12 +216,22 @@ def test_fps_takes_other_dtypes_and_strides(triton_device, dtype):
     assert torch.equal(index.cpu(), fps_twin(xyz.float().contiguous(), 20))
 
 
+@pytest.mark.parametrize("kind", ["random", "clustered", "lattice", "identical"])
+@pytest.mark.parametrize("B, N, m", [(40, 9000, 64), (2, 40000, 300), (1, 150000, 50), (1, 10 ** 6, 9)])
+def test_fps_of_large_clouds_equals_torch_on_a_gpu(kind, B, N, m):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA card: its programs wait for each other; 40 clouds are more than fit at once")
+    xyz = make_cloud(kind, B, N).cuda()
+    lengths = torch.full((B,), N).cuda() - torch.arange(B).cuda()
+    assert torch.equal(farthest_point_sample(xyz, m, lengths=lengths).cpu(), fps_twin(xyz.cpu(), m, lengths=lengths.cpu()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("B, N, m, few", [(2, 300, 60, 0), (3, 65, 65, 0), (1, 1, 1, 0),
-                                          (2, 300, 60, 300), (1, 2500, 300, 2048)])
+                                          (2, 300, 60, 300), (1, 2500, 300, 256)])
 def test_fps_in_boxes_equals_torch(monkeypatch, kind, B, N, m, few):
     pytest.importorskip("numba", reason="needs numba: compares its loop with torch")
-    monkeypatch.setattr(fps_file, "FEW", few)  # larger clouds go through the tree
+    monkeypatch.setattr(fps_file, "FEW", few)  # more samples go through the tree
     xyz = make_cloud(kind, B, N)
     assert torch.equal(fps_file.fps_boxes(xyz, m, torch.zeros(B).long(), torch.full((B,), N)),
                        fps_twin(xyz, m))
