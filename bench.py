@@ -236,7 +236,7 @@ def kernels(device, quick):
           f"{can['bytes'] / 1e9:.1f} GB/s, {can['pairs'] / 1e9:.2f} G distances/s, a small step {1e6 * can['step']:.1f} us, "
           f"product {can['flop'] / 1e12:.2f} TFLOP/s")
     write({"kind": "floors", **can, **facts})
-    print(f"{'workload':58s}{'contender':17s}{'ms':>10}{'spread':>8}{'MB':>8}{'same':>8}{'ours is':>9}{'floor ms':>10}"
+    print(f"{'workload':66s}{'contender':17s}{'ms':>10}{'spread':>8}{'MB':>8}{'same':>8}{'ours is':>9}{'floor ms':>10}"
           f"{'of floor':>9}")
     for kernel, case, shapes in (("FPS", fps_case, FPS), ("KNN", knn_case, KNN), ("interpolation", interpolate_case, INTERPOLATE),
                                  ("grouping", group_case, GROUP)):
@@ -265,7 +265,7 @@ def kernels(device, quick):
                         "same": 1.0 if who == "ours" else agree(truth, calls[who]()), "floor_ms": floor, "quick": quick}
                 write({**line, **facts})
                 faster = "" if who == "ours" else f"{line['ms'] / ours:.2f} x"
-                print(f"{line['workload'] if who == 'ours' else '':58s}{who:17s}{line['ms']:10.2f}{100 * line['spread']:6.0f} %"
+                print(f"{line['workload'] if who == 'ours' else '':66s}{who:17s}{line['ms']:10.2f}{100 * line['spread']:6.0f} %"
                       + (f"{line['mb']:8.1f}" if line["mb"] is not None else f"{'':8s}")
                       + f"{100 * line['same']:6.1f} %{faster:>9}"
                       + (f"{floor:10.3f}{line['ms'] / floor:7.1f} x" if floor else ""), flush=True)

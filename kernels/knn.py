@@ -9,14 +9,17 @@ fused multiply-add, so CPU, interpreter and GPU return the same bits; |q|² - 2q
 the digits that decide between neighbours. The table of all distances takes 4·B·M·N bytes, 25.6 GB
 for 80,000 x 80,000: torch computes it in pieces that stay in cache, the kernel keeps k candidates
 per query in registers and writes nothing but the answer, 12·B·M·k bytes. On a CPU, above FEW points
-and with scipy, a k-d tree proposes the candidates; the same fp32 distances and indices decide.
+and with scipy, a k-d tree proposes the candidates; the same fp32 distances and indices decide. For
+smaller clouds numba, where it is installed, keeps the lists.
 
     python kernels/knn.py
 """
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 try:
@@ -30,8 +33,13 @@ try:
 except ImportError:  # who copies this file alone gets the same answers, later
     cKDTree = None
 
+try:
+    import numba
+except ImportError:  # optional: small clouds on a CPU take three times as long without it
+    numba = None
+
 MAX_K = 64
-FEW = 512  # points up to which a CPU computes all distances; at 1,024 a tree is as fast
+FEW = 1024  # points up to which a CPU computes all distances: a tree is no faster there
 PIECE = 2 ** 19  # distances at a time in torch: 2 MB, with all scratch under 40 MB (or a row of N)
 
 
@@ -85,6 +93,46 @@ def knn_tree(query, points, k, lengths):
                 rows = rows[near]
                 dist2[b, rows], index[b, rows] = (x[0] for x in knn_torch(
                     query[b:b + 1, rows], points[b:b + 1], k, lengths[b:b + 1]))
+    return dist2, index
+
+
+if numba:
+    @numba.njit(nogil=True)  # without fastmath: nothing is fused or reordered
+    def _knn_lists(query, planes, dist2, index):
+        # query (M, 3), planes (3, N): x, y, z. Points come in the order of their index, and one at an
+        # equal distance never moves another: so dist2, index (M, k) come out in the right order
+        x, y, z = planes[0], planes[1], planes[2]
+        d, last = np.empty(len(x), np.float32), dist2.shape[1] - 1
+        for m in range(len(query)):
+            qx, qy, qz = query[m, 0], query[m, 1], query[m, 2]
+            for n in range(len(d)):
+                dx, dy, dz = qx - x[n], qy - y[n], qz - z[n]
+                d[n] = (dx * dx + dy * dy) + dz * dz
+            near, at = dist2[m], index[m]
+            near[:] = np.inf
+            worst = near[last]
+            for n in range(len(d)):
+                if d[n] < worst:
+                    j = last
+                    while j > 0 and near[j - 1] > d[n]:
+                        near[j], at[j] = near[j - 1], at[j - 1]
+                        j -= 1
+                    near[j], at[j] = d[n], n
+                    worst = near[last]
+
+
+def knn_lists(query, points, k, lengths):
+    """`knn_torch` on a CPU in one loop, for small clouds. Clouds in threads."""
+    (B, M, _), workers = query.shape, min(torch.get_num_threads(), len(query))
+    dist2, index = torch.empty(B, M, k), torch.empty(B, M, k, dtype=torch.int64)
+
+    def clouds(w):
+        for b in range(w, B, workers):
+            planes = np.ascontiguousarray(points[b, :int(lengths[b])].numpy().T)
+            _knn_lists(query[b].numpy(), planes, dist2[b].numpy(), index[b].numpy())
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(clouds, range(workers)))
     return dist2, index
 
 
@@ -206,6 +254,8 @@ def _operator(query: torch.Tensor, points: torch.Tensor, k: int, lengths: torch.
         return none, none.long()
     if use_triton(query):
         return knn_triton(query, points, k, lengths)
+    if query.device.type == "cpu" and N <= FEW and numba:
+        return knn_lists(query, points, k, lengths)
     tree = cKDTree is not None and query.device.type == "cpu" and N > FEW
     return (knn_tree if tree else knn_torch)(query, points, k, lengths)
 

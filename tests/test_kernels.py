@@ -409,8 +409,19 @@ def test_candidates_of_a_tree_give_the_bits_of_the_whole_table(kind, B, M, N, k)
         assert torch.equal(tree, whole)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("B, M, N, k", [(1, 1, 1, 1), (2, 40, 300, 16), (3, 5, 64, 64), (5, 2, 33, 1)])
+def test_lists_of_numba_equal_torch(kind, B, M, N, k):
+    pytest.importorskip("numba", reason="needs numba: compares its loop with torch")
+    points, query = make_cloud(kind, B, N), make_cloud(kind, B, M, seed=1)
+    lengths = torch.tensor([N, k, max(k, N // 2), N, k])[:B]
+    for dist2, index in (knn(query, points, k, lengths), knn_file.knn_lists(query, points, k, lengths)):
+        twin = knn_twin(query, points, k, lengths)
+        assert torch.equal(dist2, twin[0]) and torch.equal(index, twin[1])
+
+
 def test_without_scipy_the_answers_are_the_same(monkeypatch):
-    points = make_cloud("random", 1, 900)
+    points = make_cloud("random", 1, 1500)
     ours = knn(points, points, 5)
     monkeypatch.setattr(knn_file, "cKDTree", None)
     monkeypatch.setattr(knn_file, "knn_tree", None)
