@@ -423,7 +423,8 @@ def table():
         here = [x for x in lines if (x["device"], x["threads"]) == device]
         new = {(x["workload"], x["contender"]): x for x in here if x["kind"] == "kernel"}
         last = here[-1]
-        print(f"{device[0]}, {device[1]} threads; torch {last['torch']}, triton {last['triton']}, {last['date'][:10]}\n")
+        print(f"{device[0]}, {device[1]} thread{'s' * (device[1] > 1)}; torch {last['torch']}, triton {last['triton']}, "
+              f"numba {last.get('numba') or 'absent'}, {last['date'][:10]}\n")
         if new:
             print("| workload | ours, ms | plain torch, ms | best peer, ms | ours is | of the floor |\n|---|---|---|---|---|---|")
         for workload in dict.fromkeys(w for w, _ in new):
