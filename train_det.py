@@ -208,10 +208,9 @@ def make_batch(scenes, points, device, seeds=None, cuboid=True):
         # each scene draws from its own stream: the same in one process or in eight, and after --resume
         seed = zlib.crc32(scene.name.encode()) if seeds is None else seeds[i]
         draw = torch.Generator(device).manual_seed(seed)
-        n, pad, real = len(xyz), MAX_BOXES - len(boxes), torch.arange(MAX_BOXES, device=device) < len(boxes)
-        boxes, label = torch.cat([boxes, unit.expand(pad, 6)]), F.pad(label, (0, pad))
+        n, pad, real = len(xyz), MAX_BOXES - len(boxes), torch.ones(len(boxes), dtype=torch.bool, device=device)
         if seeds is not None and cuboid:
-            inside, real = random_cuboid(xyz, boxes, real, points, draw)
+            inside, real = random_cuboid(xyz, boxes, points, draw)
             order = common.random_rows(inside, points, draw)
         else:
             order = torch.randperm(n, device=device, generator=draw)[:points]
@@ -221,16 +220,17 @@ def make_batch(scenes, points, device, seeds=None, cuboid=True):
         xyz = xyz[order]
         if seeds is not None:
             xyz, boxes = turn(xyz, boxes, torch.rand(3, device=device, generator=draw))
-        rows.append((xyz, xyz.amin(0), xyz.amax(0), torch.where(real[:, None], boxes, unit),
-                     label.masked_fill(~real, 0), real))
+        boxes = torch.cat([torch.where(real[:, None], boxes, unit), unit.expand(pad, 6)])
+        rows.append((xyz, xyz.amin(0), xyz.amax(0), boxes, F.pad(label.masked_fill(~real, 0), (0, pad)),
+                     F.pad(real, (0, pad))))
     return Batch(*(torch.stack(column) for column in zip(*rows)))
 
 
-def random_cuboid(xyz, boxes, real, points, draw, tries=100):
+def random_cuboid(xyz, boxes, points, draw, tries=100):
     """A random part of the scene with at least 3/4 of `points` and one box, or all of it [3DETR].
 
-    -> which points (n,) and which boxes (MAX_BOXES,) are in it. All tries are made at once, so that the
-    host need not wait for the outcome of one before the next.
+    -> which points (n,) and which boxes (k,) are in it. All tries are made at once, so that the host
+    need not wait for the outcome of one before the next.
     """
     def rand(*shape):
         return torch.rand(*shape, device=xyz.device, generator=draw)
@@ -245,10 +245,10 @@ def random_cuboid(xyz, boxes, real, points, draw, tries=100):
         inside &= (xyz[:, axis] - middle[:, axis, None]).abs() <= half[:, axis, None]
     low = torch.stack([xyz[:, a].expand(tries, -1).masked_fill(~inside, float("inf")).amin(1) for a in range(3)], 1)
     high = torch.stack([xyz[:, a].expand(tries, -1).masked_fill(~inside, -float("inf")).amax(1) for a in range(3)], 1)
-    kept = ((boxes[:, :3] >= low[:, None]) & (boxes[:, :3] <= high[:, None])).all(2) & real     # (tries, MAX_BOXES)
+    kept = ((boxes[:, :3] >= low[:, None]) & (boxes[:, :3] <= high[:, None])).all(2)     # (tries, k)
     good = shapely & (inside.sum(1) >= 0.75 * points) & kept.any(1)
     first, none = good.int().argmax(0, keepdim=True), ~good.any()
-    return inside[first][0] | none, torch.where(none, real, kept[first][0])
+    return inside[first][0] | none, kept[first][0] | none
 
 
 def turn(xyz, boxes, draw):

@@ -224,15 +224,14 @@ def test_points_stay_in_their_boxes_when_a_scene_is_flipped_and_turned(rooms):
 
 def test_a_random_cuboid_keeps_enough_points_and_boxes_whose_centre_is_in_it(rooms):
     scene = scene_of(rooms[0])
-    real = torch.arange(len(scene.boxes)) > 0                            # the first one is padding
     parts = set()
     for seed in range(10):
         draw = torch.Generator().manual_seed(seed)
-        inside, kept = det.random_cuboid(scene.xyz, scene.boxes, real, 1000, draw)
+        inside, kept = det.random_cuboid(scene.xyz, scene.boxes, 1000, draw)
         xyz, boxes = scene.xyz[inside], scene.boxes[kept]
-        assert len(xyz) >= 750 and len(boxes) >= 1 and not kept[0]
+        assert len(xyz) >= 750 and len(boxes) >= 1
         within = ((scene.boxes[:, :3] >= xyz.amin(0)) & (scene.boxes[:, :3] <= xyz.amax(0))).all(1)
-        assert torch.equal(kept, within & real)
+        assert torch.equal(kept, within)
         size = scene.xyz.amax(0) - scene.xyz.amin(0)
         assert ((xyz.amax(0) - xyz.amin(0)) <= size * (1 + 1e-5)).all()
         parts.add(len(xyz))
@@ -242,10 +241,10 @@ def test_a_random_cuboid_keeps_enough_points_and_boxes_whose_centre_is_in_it(roo
 @pytest.mark.parametrize("what", ["no box", "too few points"])
 def test_where_no_cuboid_fits_the_whole_scene_is_taken(rooms, what):
     scene = scene_of(rooms[0])
-    real = torch.full((len(scene.boxes),), what != "no box")
+    boxes = scene.boxes[:0] if what == "no box" else scene.boxes
     points = 1000 if what == "no box" else 10 * len(scene.xyz)
-    inside, kept = det.random_cuboid(scene.xyz, scene.boxes, real, points, torch.Generator().manual_seed(0))
-    assert inside.all() and torch.equal(kept, real)
+    inside, kept = det.random_cuboid(scene.xyz, boxes, points, torch.Generator().manual_seed(0))
+    assert inside.all() and kept.all() and len(kept) == len(boxes)
 
 
 def test_a_batch_of_cuboids_holds_points_and_boxes_of_its_scenes(rooms):
