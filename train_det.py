@@ -240,15 +240,22 @@ def random_cuboid(xyz, boxes, points, draw, tries=100):
     half = (xyz.amax(0) - xyz.amin(0)) * share / 2
     pairs = share[:, [0, 0, 1]] / share[:, [1, 2, 2]]
     shapely = (torch.minimum(pairs, 1 / pairs) >= 0.8).any(1)
-    inside = xyz.new_ones(tries, len(xyz), dtype=torch.bool)
-    for axis in range(3):
-        inside &= (xyz[:, axis] - middle[:, axis, None]).abs() <= half[:, axis, None]
-    low = torch.stack([xyz[:, a].expand(tries, -1).masked_fill(~inside, float("inf")).amin(1) for a in range(3)], 1)
-    high = torch.stack([xyz[:, a].expand(tries, -1).masked_fill(~inside, -float("inf")).amax(1) for a in range(3)], 1)
-    kept = ((boxes[:, :3] >= low[:, None]) & (boxes[:, :3] <= high[:, None])).all(2)     # (tries, k)
-    good = shapely & (inside.sum(1) >= 0.75 * points) & kept.any(1)
-    first, none = good.int().argmax(0, keepdim=True), ~good.any()
-    return inside[first][0] | none, kept[first][0] | none
+
+    def cut(middle, half):                                      # (t, 3), (t, 3) -> (t, n)
+        near = [(x - m[:, None]).abs() <= h[:, None] for x, m, h in zip(xyz.T, middle.T, half.T)]
+        return near[0] & near[1] & near[2]
+
+    enough, low, high = [], [], []
+    several = max(1, 2 ** 24 // len(xyz))                       # tries at a time: 64 MB for an axis
+    for inside in map(cut, middle.split(several), half.split(several)):
+        enough.append(inside.sum(1) >= 0.75 * points)
+        low.append(torch.stack([x.expand_as(inside).masked_fill(~inside, torch.inf).amin(1) for x in xyz.T], 1))
+        high.append(torch.stack([x.expand_as(inside).masked_fill(~inside, -torch.inf).amax(1) for x in xyz.T], 1))
+    low, high = torch.cat(low)[:, None], torch.cat(high)[:, None]
+    kept = ((boxes[:, :3] >= low) & (boxes[:, :3] <= high)).all(2)                      # (tries, k)
+    good = shapely & torch.cat(enough) & kept.any(1)
+    first, none = good.int().argmax(0, keepdim=True), ~good.any()                       # the first good one
+    return cut(middle[first], half[first])[0] | none, kept[first][0] | none
 
 
 def turn(xyz, boxes, draw):
