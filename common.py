@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kernels import farthest_point_sample, knn
+from kernels import engine, farthest_point_sample, knn
 
 
 class InputError(Exception):
@@ -539,7 +539,7 @@ class Setup:
         name = f"CPU, {torch.get_num_threads()} threads"
         if kind == "cuda":
             name = torch.cuda.get_device_name()
-        self.describe = f"{name}, {'bf16' if self.bf16 else 'fp32'} ({why})"
+        self.describe = f"{name}, {'bf16' if self.bf16 else 'fp32'} ({why}), kernels in {engine(kind)}"
         if world_size() > 1:
             self.describe += f", {world_size()} processes"
 

@@ -402,3 +402,11 @@ def test_random_rows_are_all_those_inside_before_any_comes_twice():
     assert len(set(first)) > 40
     assert not torch.equal(rows[:n], rows[:n].sort().values)
     assert (common.random_rows(torch.tensor([False, True]), 5, torch.Generator()) == 1).all()
+
+
+def test_a_run_says_in_which_form_the_kernels_run(monkeypatch):
+    import kernels
+    monkeypatch.setattr(kernels, "numba", None)
+    assert common.Setup("cpu", "fp32").describe.endswith("fp32 (asked for), kernels in torch")
+    monkeypatch.setattr(kernels, "numba", type("", (), {"__version__": "0.68.1"}))
+    assert common.Setup("cpu", "fp32").describe.endswith("kernels in numba 0.68.1")
