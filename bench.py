@@ -232,7 +232,7 @@ def kernels(device, quick):
     limit = 3e8 if quick else 1e12                      # distances of a workload
     can = floors(device)
     facts = machine(device)
-    print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}, triton {facts['triton']}; copy "
+    print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}, triton {facts['triton']}, numba {facts['numba'] or 'absent'}; copy "
           f"{can['bytes'] / 1e9:.1f} GB/s, {can['pairs'] / 1e9:.2f} G distances/s, a small step {1e6 * can['step']:.1f} us, "
           f"product {can['flop'] / 1e12:.2f} TFLOP/s")
     write({"kind": "floors", **can, **facts})

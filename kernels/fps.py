@@ -387,7 +387,7 @@ def _brute_force(xyz, m):  # float64, one step after the other
 def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = [(2, 300, 32), (8, 1024, 64)]
-    machine = "CPU"
+    machine = f"CPU (numba {numba.__version__})" if numba else "CPU"
     if device.type == "cuda":
         shapes = [(32, 1024, 64), (8, 40000, 512), (8, 8192, 1200)]
         sm = "sm_%d%d" % torch.cuda.get_device_capability()

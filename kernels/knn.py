@@ -313,7 +313,7 @@ def _brute_force(query, points, k):  # float64, the whole table, a stable sort
 def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = [(2, 8, 300, 5), (2, 16, 3000, 16)]
-    machine = "CPU"
+    machine = f"CPU (numba {numba.__version__})" if numba else "CPU"
     if device.type == "cuda":
         shapes = [(32, 64, 1024, 32), (1, 20000, 20000, 16), (8, 2048, 40000, 64)]
         sm = "sm_%d%d" % torch.cuda.get_device_capability()
