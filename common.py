@@ -52,9 +52,9 @@ def gather(values, idx):
 
 
 def random_rows(inside, count, draw):
-    """`count` rows where `inside` (N,) holds, in random order; all and then some again if there are fewer.
+    """`shuffled` of the rows where `inside` (N,) holds; how many these are is not read back from the device.
 
-    draw is a torch.Generator on the device of `inside`, from which nothing is read back.
+    draw is a torch.Generator on the device of `inside`.
     """
     device, N = inside.device, len(inside)
     key = torch.rand(N, device=device, generator=draw).masked_fill_(~inside, 2.0)
@@ -63,6 +63,14 @@ def random_rows(inside, count, draw):
     again = (torch.rand(count, device=device, generator=draw) * found).long().minimum(found - 1)
     place = torch.arange(count, device=device)
     return rows[torch.where(place < found, place, again.clamp_min(0))]
+
+
+def shuffled(n, count, draw):
+    """`count` of n rows in random order; all of them and then some again if there are fewer."""
+    rows = torch.randperm(n, device=draw.device, generator=draw)[:count]
+    if n < count:
+        rows = torch.cat([rows, torch.randint(n, (count - n,), device=draw.device, generator=draw)])
+    return rows
 
 
 class PointTokenizer(nn.Module):

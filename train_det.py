@@ -208,15 +208,12 @@ def make_batch(scenes, points, device, seeds=None, cuboid=True):
         # each scene draws from its own stream: the same in one process or in eight, and after --resume
         seed = zlib.crc32(scene.name.encode()) if seeds is None else seeds[i]
         draw = torch.Generator(device).manual_seed(seed)
-        n, pad, real = len(xyz), MAX_BOXES - len(boxes), torch.ones(len(boxes), dtype=torch.bool, device=device)
+        pad, real = MAX_BOXES - len(boxes), torch.ones(len(boxes), dtype=torch.bool, device=device)
         if seeds is not None and cuboid:
             inside, real = random_cuboid(xyz, boxes, points, draw)
             order = common.random_rows(inside, points, draw)
         else:
-            order = torch.randperm(n, device=device, generator=draw)[:points]
-            if n < points:                  # all of them, then some again
-                more = torch.randint(n, (points - n,), device=device, generator=draw)
-                order = torch.cat([order, more])
+            order = common.shuffled(len(xyz), points, draw)
         xyz = xyz[order]
         if seeds is not None:
             xyz, boxes = turn(xyz, boxes, torch.rand(3, device=device, generator=draw))

@@ -218,14 +218,6 @@ def training_block(room, recipe, seed, tries=10):
     return points, room.label[rows].long()
 
 
-def sample(n, points, draw):
-    """`points` of n indices in random order; all of them and then some again if there are fewer."""
-    order = torch.randperm(n, device=draw.device, generator=draw)[:points]
-    if n < points:
-        order = torch.cat([order, torch.randint(n, (points - n,), device=draw.device, generator=draw)])
-    return order
-
-
 # --------------------------------------------------------------------------------------------------
 # Model
 # --------------------------------------------------------------------------------------------------
@@ -357,7 +349,7 @@ def label_room(model, room, setup, recipe, classes, votes=1):
     def blocks():
         for _ in range(votes):
             for middle, rows in windows(room.xyz, recipe.block):
-                rows = rows[sample(len(rows), -(-len(rows) // recipe.points) * recipe.points, draw)]
+                rows = rows[common.shuffled(len(rows), -(-len(rows) // recipe.points) * recipe.points, draw)]
                 for part in rows.split(recipe.points):
                     yield part, features(room, part, middle, size)
 

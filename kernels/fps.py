@@ -137,6 +137,10 @@ def fps_boxes(xyz, m, start, lengths):
 
 
 if triton:
+    @triton.jit
+    def _square(dx, dy, dz):
+        return (dx * dx + dy * dy) + dz * dz
+
     @triton.jit(do_not_specialize=["N", "m"])  # a new size must not mean a new compilation
     def _fps_registers(xyz, start, lengths, index, N, m, BLOCK: tl.constexpr):
         # one program: one cloud; all vectors are (BLOCK,) and stay in registers for all m steps
@@ -154,7 +158,7 @@ if triton:
             dx = x - tl.load(cloud + far * 3)
             dy = y - tl.load(cloud + far * 3 + 1)
             dz = z - tl.load(cloud + far * 3 + 2)
-            nearest = tl.minimum(nearest, (dx * dx + dy * dy) + dz * dz)
+            nearest = tl.minimum(nearest, _square(dx, dy, dz))
             far = tl.argmax(nearest, 0, tie_break_left=True).to(tl.int32)
 
     @triton.jit(do_not_specialize=["N", "m"])
@@ -178,15 +182,11 @@ if triton:
                 dy = tl.load(cloud + n * 3 + 1, n < length, 0.0) - cy
                 dz = tl.load(cloud + n * 3 + 2, n < length, 0.0) - cz
                 d = tl.load(nearest + b * N + n, n < length, -1.0)
-                d = tl.minimum(d, (dx * dx + dy * dy) + dz * dz)  # padding stays at -1
+                d = tl.minimum(d, _square(dx, dy, dz))  # padding stays at -1
                 tl.store(nearest + b * N + n, d, n < length)
                 at = tl.where(d > best, n, at)  # > keeps the lower index among equals
                 best = tl.maximum(best, d)
             far = tl.min(tl.where(best == tl.max(best, 0), at, 0x7FFFFFFF), 0)
-
-    @triton.jit
-    def _square(dx, dy, dz):
-        return (dx * dx + dy * dy) + dz * dz
 
     @triton.jit
     def _key(distance, n):  # one int64: the farther the larger, among equals the lower index
