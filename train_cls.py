@@ -1,36 +1,28 @@
 """Classify point clouds with EPCL (paper section 4.4, Table 4; supplement, Figure 10).
 
     python train_cls.py                                  built-in objects, no download
-    python train_cls.py --data modelnet40 --root DIR     the paper's recipe, 300 epochs (paper: 92.9 %)
-    python train_cls.py --data folder --root DIR         your meshes or clouds: DIR/{train,test}/CLASS/*
-    python train_cls.py --eval RUN --predict chair.obj   what a saved run takes your file for
+    python train_cls.py --data modelnet40 --root DIR     the paper's recipe (paper: 92.9 %)
+    python train_cls.py --data folder --root DIR         yours: DIR/{train,test}/CLASS/*
+    python train_cls.py --eval RUN --predict chair.obj   classify your own file
 
-To change the data, edit objects.py and RECIPES; the head, `Classifier` in objects.py; the backbone,
+To change the data, edit `load_data` and RECIPES; the head, `Classifier` in common.py; the backbone,
 pass another --clip or edit `EPCLEncoder` in common.py.
 """
-import argparse
-import os
-import sys
-import time
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
+from torch.profiler import record_function
 
 import common
-from common import FrozenCLIP, InputError, gather
+from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
+from data import objects
 from kernels import farthest_point_sample
-from objects import (SUFFIXES, Classifier, Objects, Source, load_objects, loss_terms, prepare,
-                     prompt_features, unit_sphere)
+from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
+                 parameter_groups, recipe_parser, saved_settings, seed_of, shared_flags,
+                 shared_settings, whole, with_flags, world_size)
 
-# --------------------------------------------------------------------------------------------------
-# Recipe
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
     points: int             # of a cloud, as the model sees it
     groups: int             # patches of a cloud, G
@@ -47,67 +39,79 @@ class Recipe(NamedTuple):
     unit: bool              # centre every cloud and scale it into the unit sphere
 
 
-# modelnet40: the released configuration (classification/cfgs/modelnet.yaml); lr and decay are the
-# paper's, 4.1, too. Dropout 0 is the release's, the paper's supplement says 0.3. modelnet10 and
-# folder follow it. scanobjectnn: the paper has no such run; points, groups and no scaling as
-# Point-MAE, the rest as above. synthetic: ours, sized for two CPU cores.
+MODELNET40 = Recipe(
+    points=1024, groups=64, neighbours=32, stored=8192, pool=8,     # release, cfgs/modelnet.yaml
+    epochs=300, warmup=10, batch_size=32, clip_norm=0.8,            # the same
+    lr=3e-4, decay=0.04,                                            # the same; paper 4.1, too
+    dropout=0.0,                                    # release; the paper's supplement says 0.3
+    unit=True)
 RECIPES = {
-    #                     points groups neigh stored pool epochs warm batch  lr  decay clip drop unit
-    "modelnet40":   Recipe( 1024,   64,   32,  8192,   8,  300,   10,   32, 3e-4, .04, .8, 0.0, True),
-    "modelnet10":   Recipe( 1024,   64,   32,  8192,   8,  300,   10,   32, 3e-4, .04, .8, 0.0, True),
-    "scanobjectnn": Recipe( 2048,  128,   32,  2048,   1,  300,   10,   32, 3e-4, .04, .8, 0.0, False),
-    "folder":       Recipe( 1024,   64,   32,  8192,   2,  300,   10,   32, 3e-4, .04, .8, 0.0, True),
-    "synthetic":    Recipe(  512,   16,   32,  1024,   2,    6,    1,   16, 1e-3, .04, .8, 0.0, True),
+    "modelnet40": MODELNET40,
+    "modelnet10": MODELNET40,
+    # not in the paper; points, groups and no scaling as Point-MAE
+    "scanobjectnn": MODELNET40._replace(points=2048, groups=128, stored=2048, pool=1, unit=False),
+    "folder": MODELNET40._replace(pool=2),          # less sampling on a CPU
+    # ours, sized for two CPU cores
+    "synthetic": MODELNET40._replace(points=512, groups=16, stored=1024, pool=2, epochs=6, warmup=1,
+                                     batch_size=16, lr=1e-3),
 }
 SYNTHETIC = (16, 6)         # objects of each class, to train and to test
 
 
-# --------------------------------------------------------------------------------------------------
-# Data: clouds in memory -> the points of a step, on the device
-# --------------------------------------------------------------------------------------------------
+# ---- Data: files -> clouds in memory -> the points of a step, on the device ----------------------
+class Objects(NamedTuple):
+    xyz: torch.Tensor                       # (S, stored, 3) float32
+    label: torch.Tensor                     # (S,) int64
+    text: torch.Tensor = None               # (C, 512) CLIP's features of the class names
+
 
 def load_data(cfg):
-    """-> objects.Splits, scaled as the recipe says."""
+    """-> training and test Objects, scaled as the recipe says; class names; what was read."""
     recipe = Recipe(**cfg["recipe"])
-    splits = load_objects(cfg["data"], cfg["root"], recipe.stored, recipe.points,
-                          cfg["test_fraction"], cfg["workers"], SYNTHETIC)
-    if recipe.unit:                                             # over all stored points, as the release
-        splits = splits._replace(train=Objects(unit_sphere(splits.train.xyz), splits.train.label),
-                                 test=Objects(unit_sphere(splits.test.xyz), splits.test.label))
-    return splits
+    if cfg["data"] == "synthetic":
+        from data.synthetic import OBJECT_CLASSES, object_clouds
+        parts = [object_clouds(n, recipe.stored, seed) for seed, n in zip((1, 2), SYNTHETIC)]
+        classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic.py"
+    else:
+        path = objects.prepare(cfg["data"], cfg["root"], recipe.stored, cfg["workers"])
+        *parts, classes, form = objects.load(path, recipe.points, cfg["test_fraction"])
+    train, test = (Objects(*map(torch.from_numpy, part)) for part in parts)
+    if recipe.unit:                         # over all stored points, as released
+        train = train._replace(xyz=objects.unit_sphere(train.xyz))
+        test = test._replace(xyz=objects.unit_sphere(test.xyz))
+    return train, test, classes, form
 
 
-def sample_train(xyz, recipe, total, first=0):
+@record_function("data")
+def sample_train(xyz, recipe, draw, total, first=0):
     """Random clouds: (b, P, 3), rows first .. first + b of a batch of `total` -> (b, points, 3).
 
-    As the release: shuffle, take the 1200 farthest points for 1024, a random 1024 of those, then
-    scale each axis by 2/3 .. 3/2 and shift it by -0.2 .. 0.2. No rotation. Numbers are drawn for
-    the whole batch, so that a cloud meets the same ones in one process or in eight.
+    As released: shuffle, take the 1200 farthest points for 1024, a random 1024 of those, then scale
+    each axis by 2/3 .. 3/2 and shift it by -0.2 .. 0.2. No rotation. Numbers are drawn for the
+    whole batch, so that a cloud meets the same ones in one process or in eight.
     """
     b, stored, n = len(xyz), xyz.shape[1], recipe.points
     pool = min(stored, recipe.pool * n)
     more = min(pool, n * 75 // 64)                              # 1024 -> 1200, 2048 -> 2400
-    shuffled = torch.rand(total, stored, device=xyz.device)[first:first + b].argsort(1)
-    xyz = gather(xyz, shuffled[:, :pool])                       # (b, pool, 3)
+    order = torch.rand(total, stored, device=xyz.device, generator=draw)[first:first + b].argsort(1)
+    xyz = gather(xyz, order[:, :pool])                          # (b, pool, 3)
     idx = farthest_point_sample(xyz, more)                      # (b, more)
-    chosen = torch.randperm(more, device=xyz.device)[:n]        # one draw for the batch, as theirs
+    chosen = torch.randperm(more, device=xyz.device, generator=draw)[:n]    # for the whole batch
     xyz = gather(xyz, idx[:, chosen])                           # (b, points, 3)
-    draw = torch.rand(2, total, 1, 3, device=xyz.device)[:, first:first + b]
-    return xyz * (2 / 3 + draw[0] * 5 / 6) + (draw[1] * 0.4 - 0.2)
+    share = torch.rand(2, total, 1, 3, device=xyz.device, generator=draw)[:, first:first + b]
+    return xyz * (2 / 3 + share[0] * 5 / 6) + (share[1] * 0.4 - 0.2)
 
 
 def sample_test(xyz, points, batch=64):
     """The farthest points from index 0, without a random number: (S, P, 3) -> (S, points, 3)."""
-    return torch.cat([gather(part, farthest_point_sample(part, points)) for part in xyz.split(batch)])
+    parts = xyz.split(batch)
+    return torch.cat([gather(part, farthest_point_sample(part, points)) for part in parts])
 
 
-# --------------------------------------------------------------------------------------------------
-# The authors' checkpoint
-# --------------------------------------------------------------------------------------------------
-
+# ---- The authors' checkpoint ---------------------------------------------------------------------
 OFFICIAL = {                # names in the authors' released checkpoint -> ours; `clip_vit.` is CLIP
-    "encoder.first_conv.": "encoder.tokenizer.first.",
-    "encoder.second_conv.": "encoder.tokenizer.second.",
+    "encoder.first_conv.": "tokenizer.first.",
+    "encoder.second_conv.": "tokenizer.second.",
     "pos_embed.": "encoder.position.",
     "te_encoder.embedding.": "encoder.task.embedding.",
     "te_encoder.trans.": "encoder.task.mlp.",
@@ -126,11 +130,11 @@ def load_official(path):
         visual = {name.removeprefix("clip_vit."): value.float() for name, value in state.items()
                   if name.startswith("clip_vit.")}
         ours = {}
-        for theirs, mine in OFFICIAL.items():
+        for released, mine in OFFICIAL.items():
             for name, value in state.items():
-                if name.startswith(theirs):                     # a 1x1 convolution is a linear layer
+                if name.startswith(released):       # a 1x1 convolution is a linear layer
                     value = value.squeeze(-1) if value.ndim == 3 else value
-                    ours[mine + name.removeprefix(theirs)] = value
+                    ours[mine + name.removeprefix(released)] = value
         model, _ = common.open_clip_model("ViT-B-32-quickgelu")
         model.visual.load_state_dict(visual)
         return FrozenCLIP(f"official:{path}", common.open_clip_parts(model.visual)), ours
@@ -139,10 +143,7 @@ def load_official(path):
                          f"release ({' '.join(str(error).split())[:150]})") from None
 
 
-# --------------------------------------------------------------------------------------------------
-# Metric
-# --------------------------------------------------------------------------------------------------
-
+# ---- Metric --------------------------------------------------------------------------------------
 def accuracies(confusion):
     """confusion (C, C), true by predicted -> overall accuracy, mean over classes that occur."""
     correct, count = confusion.diag().double(), confusion.sum(1).double()
@@ -154,15 +155,15 @@ def worst_pairs(confusion, classes, most=5):
     wrong = confusion.clone().fill_diagonal_(0).flatten()
     lines = []
     for pair in wrong.argsort(descending=True, stable=True)[:most].tolist():
-        true, taken = divmod(pair, len(classes))
+        true, predicted = divmod(pair, len(classes))
         if wrong[pair]:
-            lines.append(f"         {classes[true]} taken for {classes[taken]}: {wrong[pair]} of "
-                         f"{confusion[true].sum()}")
+            lines.append(f"         {classes[true]} taken for {classes[predicted]}: "
+                         f"{wrong[pair]} of {confusion[true].sum()}")
     return "\n".join(["worst pairs", *lines] if lines else ["no test object was mistaken"])
 
 
 @torch.no_grad()
-def evaluate(model, xyz, label, setup, recipe, votes=1, batch=64):
+def evaluate(model, xyz, label, setup, recipe, votes=1, seed=0, batch=64):
     """Confusion matrix (C, C) of clouds (S, points, 3), shared between the processes.
 
     votes > 1: xyz are the stored clouds (S, P, 3), and logits are averaged over so many random
@@ -171,191 +172,119 @@ def evaluate(model, xyz, label, setup, recipe, votes=1, batch=64):
     model.eval()
     classes = model.head[-1].out_features
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=setup.device)
-    first, last = common.my_rows(len(label))
-    for at in range(first, last, batch):
-        points = xyz[at:min(at + batch, last)].to(setup.device)                   # (b, N, 3)
-        truth = label[at:min(at + batch, last)].to(setup.device)                  # (b,)
-        with setup.autocast():
-            logits = sum(model(sample_train(points, recipe, len(points)) if votes > 1 else points)
-                         [0].float() for _ in range(votes))                       # (b, C)
-        pairs = truth * classes + logits.argmax(1)
+    draw = torch.Generator(setup.device).manual_seed(seed_of(seed))
+    first, last = my_rows(len(label))
+    for start in range(first, last, batch):
+        rows = slice(start, min(start + batch, last))
+        points = xyz[rows].to(setup.device)                     # (b, N, 3)
+        logits = 0                                              # (b, C)
+        for _ in range(votes):
+            x = sample_train(points, recipe, draw, len(points)) if votes > 1 else points
+            with setup.autocast():
+                logits = logits + model(x)[0].float()
+        pairs = label[rows].to(setup.device) * classes + logits.argmax(1)
         confusion += torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
-    return common.all_reduce(confusion).cpu()
+    return all_reduce(confusion).cpu()
 
 
-# --------------------------------------------------------------------------------------------------
-# Train
-# --------------------------------------------------------------------------------------------------
-
-def train(model, data, test, text, cfg, run, setup, saved):
-    """The loop. -> where it stopped (epochs, steps, seconds, best), was that the end."""
-    recipe, device = Recipe(**cfg["recipe"]), setup.device
+# ---- Train ---------------------------------------------------------------------------------------
+def train(model, data, test, run):
+    cfg, setup = run.cfg, run.setup
+    recipe = Recipe(**cfg["recipe"])
     wrapped = setup.wrap(model, cfg["compile"])
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, recipe.decay), lr=recipe.lr)
-    at = {"epoch": 0, "step": 0, "sums": [0.0] * 4, "seconds": 0.0, "best": -1.0, "best_epoch": 0}
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        at = saved["at"]
-    xyz, label = resident(data.xyz, device), data.label.to(device)
-    steps = max(1, -(-len(label) // recipe.batch_size))
-    rest = len(label) % recipe.batch_size
-    if steps > 1 and 0 < rest < 2 * common.world_size() * cfg["accumulate"]:
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.decay), lr=recipe.lr)
+    data = data._replace(label=data.label.to(setup.device))
+    if setup.fits(data.xyz.nbytes, share=2):
+        data = data._replace(xyz=data.xyz.to(setup.device))
+    steps = max(1, -(-len(data.label) // recipe.batch_size))
+    rest = len(data.label) % recipe.batch_size
+    if steps > 1 and 0 < rest < 2 * world_size() * cfg["accumulate"]:
         steps -= 1                          # too few for batch norm: they join the last full batch
+    head = "epoch     loss    head    text  train %   test %   mean %"
 
-    def save(name, **more):
-        run.save(name, {"task": "cls", "config": cfg, "frozen": cfg["frozen"], "at": at,
-                        "model": model.state_dict(), **more})
-
-    stopper = common.Stopper()
-    for epoch in range(at["epoch"], recipe.epochs):
-        started, first = time.time(), at["step"]
-        model.train()
-        common.seed_all(cfg["seed"], epoch)
-        order = torch.randperm(len(label), device=device)       # an epoch depends on the seed alone ...
-        if first:                                               # ... and on what it has drawn so far
-            common.set_random_state(saved["random"])
-        sums = torch.tensor(at["sums"], dtype=torch.float64, device=device) / common.world_size()
-        bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", leave=False,
-                   desc=f"epoch {epoch + 1}/{recipe.epochs}", disable=common.rank() > 0 or None)
-        for step in bar:
+    for _ in run.epochs(model, optimizer, head):
+        order = torch.randperm(len(data.label), device=setup.device, generator=run.draw)
+        for step in run.steps(steps):
             rows = order[step * recipe.batch_size:]
             rows = rows[:recipe.batch_size] if step + 1 < steps else rows
-            for group in optimizer.param_groups:
-                group["lr"] = common.learning_rate(epoch + step / steps, recipe.lr, recipe.epochs,
-                                                   recipe.warmup)
-            sums += train_step(wrapped, optimizer, xyz, label, rows, text, recipe, cfg, setup)
-            if step + 1 < steps and stopper.now(step):
-                bar.close()
-                at.update(epoch=epoch, step=step + 1, sums=common.all_reduce(sums).tolist(),
-                          seconds=at["seconds"] + time.time() - started)
-                save("last.pt", optimizer=optimizer.state_dict(), random=common.random_state())
-                return at, False
-
-        head, similarity, correct, n = common.all_reduce(sums).tolist()
-        if not np.isfinite(head + similarity):
-            raise InputError(f"the loss is not finite in epoch {epoch + 1} (head {head / n:.3g}, text "
-                             f"{similarity / n:.3g}); {run.folder}/last.pt is from the epoch before; "
-                             "try a lower --lr or --precision fp32")
+            run.sums += train_step(wrapped, optimizer, data, rows, run)
+        loss, similarity, correct, n = run.totals("head", "text")
         overall, mean = accuracies(evaluate(model, test.xyz, test.label, setup, recipe))
-        better = overall >= at["best"]                          # a tie goes to the later epoch: theirs
-        if better:
-            at.update(best=overall, best_epoch=epoch + 1)
-        seconds, lr = time.time() - started, optimizer.param_groups[0]["lr"]
-        at.update(epoch=epoch + 1, step=0, sums=[0.0] * 4, seconds=at["seconds"] + seconds)
-        if (epoch - (saved["at"]["epoch"] if saved else 0)) % 20 == 0:
-            run.print("epoch     loss    head    text  train %   test %   mean %        lr      s  left")
-        run.print(f"{epoch + 1:5d} {(head + similarity) / n:8.4f} {head / n:7.4f} {similarity / n:7.4f} "
-                  f"{100 * correct / n:8.2f} {100 * overall:8.2f} {100 * mean:8.2f}  {lr:8.2e} "
-                  f"{seconds:6.1f} {seconds * (recipe.epochs - epoch - 1) / 60:4.0f} m"
-                  + (" *" if better else ""))
-        run.metrics({"epoch": epoch + 1, "loss": (head + similarity) / n, "loss_head": head / n,
-                     "loss_text": similarity / n, "train_accuracy": correct / n, "accuracy": overall,
-                     "mean_class_accuracy": mean, "lr": lr, "seconds": seconds})
-        if better:
-            save("best.pt")
-        save("last.pt", optimizer=optimizer.state_dict())
-        if epoch + 1 < recipe.epochs and stopper.now(0):
-            return at, False
-    return at, True
+        run.row(overall, f"{(loss + similarity) / n:8.4f} {loss / n:7.4f} {similarity / n:7.4f} "
+                f"{100 * correct / n:8.2f} {100 * overall:8.2f} {100 * mean:8.2f}",
+                loss=(loss + similarity) / n, loss_head=loss / n, loss_text=similarity / n,
+                train_accuracy=correct / n, accuracy=overall, mean_class_accuracy=mean)
 
 
-def train_step(model, optimizer, xyz, label, rows, text, recipe, cfg, setup):
+def train_step(model, optimizer, data, rows, run):
     """One step on the clouds `rows`, of which this process takes its share.
 
     -> sums over its clouds, (4,): loss of the head, of the text, correct, clouds. No value is read
     back from the device.
     """
+    cfg, setup = run.cfg, run.setup
+    recipe = Recipe(**cfg["recipe"])
     sums = torch.zeros(4, dtype=torch.float64, device=setup.device)
     optimizer.zero_grad(set_to_none=True)
     for part in range(cfg["accumulate"]):
-        first, last = common.my_rows(len(rows), part, cfg["accumulate"])
+        first, last = my_rows(len(rows), part, cfg["accumulate"])
         mine = rows[first:last]
-        points = sample_train(xyz[mine.to(xyz.device)].to(setup.device), recipe, len(rows), first)
+        label = data.label[mine]
+        xyz = data.xyz[mine.to(data.xyz.device)].to(setup.device)
+        points = sample_train(xyz, recipe, run.draw, len(rows), first)
         with setup.autocast():
             logits, embedding = model(points)
-        head, similarity = loss_terms(logits, embedding, label[mine], text, cfg["text_loss"])
+        head, similarity = loss_terms(logits, embedding, label, data.text, cfg["text_loss"])
         # the mean over the batch; between processes gradients are averaged, hence the factor
-        ((head + similarity) * common.world_size() / len(rows)).backward()
-        correct = (logits.argmax(1) == label[mine]).sum()
+        ((head + similarity) * world_size() / len(rows)).backward()
+        correct = (logits.argmax(1) == label).sum()
         sums += torch.stack([head, similarity, correct, torch.full_like(head, len(mine))]).detach()
     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     optimizer.step()
     return sums
 
 
-def resident(xyz, device):
-    """The training clouds, on the device if they take at most half of its free memory."""
-    if device.type == "cuda" and xyz.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
-        return xyz
-    return xyz.to(device)
-
-
-# --------------------------------------------------------------------------------------------------
-# Main
-# --------------------------------------------------------------------------------------------------
-
+# ---- Main ----------------------------------------------------------------------------------------
 def main(argv=None):
     args = flags(argv)
     cfg, saved, folder = settings(args)
-    setup = common.Setup(args.device, cfg["precision"])
+    setup = Setup(args.device, cfg["precision"])
     if args.predict:
         return predict(args.predict, cfg, saved, setup)
-    data, test, classes, form = load_data(cfg)
+    data, stored, classes, form = load_data(cfg)
     if saved and list(classes) != cfg["classes"]:
         raise InputError(f"{form}: has other classes than the run: {' '.join(classes)[:200]}")
     cfg["classes"] = list(classes)
     clip, model, text = build(cfg, saved, setup)
     recipe = Recipe(**cfg["recipe"])
-    stored = test.xyz
-    test = Objects(sample_test(test.xyz.to(setup.device), recipe.points), test.label)
-
-    if args.eval:
-        run = common.Run(None)
-    else:
-        run = common.Run(folder or common.new_folder(args.out, "cls", cfg["data"]))
-        run.start(cfg, __file__, saved and saved["at"]["epoch"])
-    trained, frozen = common.sizes(model)
+    test = Objects(sample_test(stored.xyz.to(setup.device), recipe.points), stored.label)
+    run = Run("cls", cfg, setup, saved)
+    if not args.eval:
+        run.open(__file__, folder or args.out)
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     run.print(f"data     {cfg['data']}: {len(data.label):,} train, {len(test.label):,} test, "
               f"{len(classes)} classes, {recipe.points} points; {form}")
-    encoder = f"{clip.name}, {'trained, too' if clip.trainable else 'frozen'}"
-    run.print(f"model    {trained:,} weights trained, {frozen:,} frozen; transformer "
-              + ("left out" if cfg["no_transformer"] else encoder))
-    if text is not None:
-        run.print(f"text     {len(text)} prompts, {cfg['text_loss']} products")
-    elif cfg["text_loss"] != "off":
-        run.print(f"text     no text loss: {clip.name} has no text tower")
-    if clip.name.endswith("random") and not cfg["no_transformer"]:
-        run.print("warning  the transformer has RANDOM weights: these numbers say nothing about CLIP")
+    common.print_model(run, model, clip)
+    if cfg["text_loss"] != "off":
+        run.print(f"text     no text loss: {clip.name} has no text tower" if text is None else
+                  f"text     {len(text)} prompts, {cfg['text_loss']} products")
+    if not args.eval:
+        with run.stopper:
+            train(model, data._replace(text=text), test, run)
 
-    if args.eval:
-        at = saved["at"]
-    else:
-        run.print(f"run      {run.folder}" + (f", resumed after {saved['at']['epoch']} epochs and "
-                                              f"{saved['at']['step']} steps" if saved else ""))
-        at, complete = train(model, data, test, text, cfg, run, setup, saved)
-        if not complete:
-            run.print(f"stopped after {at['epoch']} epochs and {at['step']} steps; go on with: "
-                      f"python train_cls.py --resume {run.folder}")
-            sys.exit(130)
     confusion = evaluate(model, test.xyz, test.label, setup, recipe)
     overall, mean = accuracies(confusion)
-    results = {"task": "cls", "data": cfg["data"], "clip": cfg["frozen"], "seed": cfg["seed"],
-               "metrics": {"accuracy": overall, "mean_class_accuracy": mean}, "seconds": at["seconds"],
-               "parameters": {"trainable": trained, "frozen": frozen}, "epoch": at["epoch"],
-               "best_on_test": {"accuracy": at["best"], "epoch": at["best_epoch"]},
-               "device": setup.describe, "form": form}
+    metrics, at = {"accuracy": overall, "mean_class_accuracy": mean}, run.at
     run.print(worst_pairs(confusion, classes))
-    run.print(f"result   accuracy {100 * overall:.2f} %, mean class accuracy {100 * mean:.2f} %, epoch "
-              f"{at['epoch']} (best on test: {100 * at['best']:.2f} % in epoch {at['best_epoch']}); "
-              f"{cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
+    run.print(f"result   accuracy {100 * overall:.2f} %, mean class accuracy {100 * mean:.2f} %, "
+              f"epoch {at['epoch']} (best on test: {100 * at['best']:.2f} % in epoch "
+              f"{at['best_epoch']}); {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
     if args.vote:
-        common.seed_all(cfg["seed"])
-        voted, _ = accuracies(evaluate(model, stored, test.label, setup, recipe, args.vote))
-        results["metrics"][f"accuracy_{args.vote}_votes"] = voted
+        votes = evaluate(model, stored.xyz, stored.label, setup, recipe, args.vote, cfg["seed"])
+        voted = metrics[f"accuracy_{args.vote}_votes"] = accuracies(votes)[0]
         run.print(f"voting   accuracy {100 * voted:.2f} %, {args.vote} votes, one repeat")
     if not args.eval:
-        run.write_json("results.json", results)
+        run.results(metrics, "accuracy", common.sizes(model), form)
 
 
 def build(cfg, saved, setup):
@@ -365,25 +294,13 @@ def build(cfg, saved, setup):
         clip, weights = load_official(cfg["official"])
     else:
         clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
-    cfg["frozen"] = {"name": clip.name, "sha256": clip.sha256}
-    if saved:
-        common.check_frozen(saved, clip)
-        weights = saved["model"]
-    text = None
-    if cfg["text_loss"] != "off":
-        text = prompt_features(clip, cfg["classes"])
-    clip.text = None                                            # the text tower has done its work
-    common.seed_all(cfg["seed"])
+    check_frozen(cfg, saved, clip)
+    text = prompt_features(clip, cfg["classes"]) if cfg["text_loss"] != "off" else None
+    clip.text = None                                            # the text tower is not needed again
+    torch.manual_seed(seed_of(cfg["seed"]))
     model = Classifier(clip, len(cfg["classes"]), cfg)
-    if weights is not None:
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise InputError("the saved weights do not fit the model: "
-                             f"{' '.join(str(error).split())[:200]}") from None
-    if setup.bf16 and not cfg["unfreeze"]:
-        clip.half_weights()
-    return clip, model.to(setup.device), None if text is None else text.to(setup.device)
+    model = common.to_device(model, saved["model"] if saved else weights, setup)
+    return clip, model, None if text is None else text.to(setup.device)
 
 
 @torch.no_grad()
@@ -391,13 +308,10 @@ def predict(files, cfg, saved, setup):
     """Print the five likeliest classes of anybody's meshes or clouds."""
     recipe, clouds = Recipe(**cfg["recipe"]), []
     for file in files:
-        if Path(file).suffix.lower() not in SUFFIXES:
-            raise InputError(f"{file}: not a format this script reads ({' '.join(SUFFIXES)})")
-        xyz, count = prepare(Source(Path(file).name, 0, file), recipe.stored)
-        if count < recipe.points:
-            raise InputError(f"{file}: has {count:,} points, the run was trained with {recipe.points}")
+        xyz = objects.read_one(file, recipe.stored, recipe.points)
         xyz = torch.from_numpy(xyz)[None].to(setup.device)      # (1, P, 3)
-        clouds.append(sample_test(unit_sphere(xyz) if recipe.unit else xyz, recipe.points))
+        xyz = objects.unit_sphere(xyz) if recipe.unit else xyz
+        clouds.append(sample_test(xyz, recipe.points))
     _, model, _ = build(cfg, saved, setup)
     model.eval()
     for file, points in zip(files, clouds):
@@ -409,23 +323,17 @@ def predict(files, cfg, saved, setup):
 
 
 def flags(argv):
-    rows = [("data", Recipe._fields), *RECIPES.items()]
-    table = "\n".join(f"  {n:12s}" + "".join(f"{v!s:>11}" for v in row) for n, row in rows)
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="recipes, the defaults of each --data:\n" + table,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = recipe_parser(__doc__, RECIPES)
+    shared_flags(parser, CLIP_NAMES)
     flag = parser.add_argument
-    flag("--data", choices=RECIPES, help="data set (default: synthetic, built in)")
-    common.shared_flags(parser)
-    flag("--points", type=common.whole(1), metavar="N", help="points of a cloud")
-    flag("--groups", type=common.whole(1), metavar="G", help="patches of a cloud")
-    flag("--neighbours", type=common.whole(1), metavar="K", help="points of a patch, at most 64")
+    flag("--points", type=whole(1), metavar="N", help="points of a cloud")
+    flag("--groups", type=whole(1), metavar="G", help="patches of a cloud")
+    flag("--neighbours", type=whole(1), metavar="K", help="points of a patch, at most 64")
     flag("--text-loss", choices=["raw", "cosine", "off"],
          help="similarities with CLIP's text features (default: raw, as the release)")
     flag("--test-fraction", type=float, metavar="F",
          help="--data folder without train/ and test/: share set aside to test (default 0.2)")
-    flag("--vote", type=common.whole(2), metavar="V",
-         help="report the vote over V augmented samples, too")
+    flag("--vote", type=whole(2), metavar="V", help="report the vote over V augmented samples, too")
     flag("--predict", nargs="+", metavar="FILE",
          help="with --eval RUN: print the five likeliest classes of meshes or clouds")
     flag("--init-official", metavar="FILE", dest="official",
@@ -438,31 +346,19 @@ def settings(args):
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/cls-...")
     if args.resume or args.eval:
-        cfg, saved, folder = common.saved_settings(args, "cls")
-        if args.resume:
-            common.check_resume(args.resume, saved)
-        return cfg, saved, folder
-    given = {k: v for k, v in vars(args).items() if v is not None}
-    data = given.get("data", "synthetic")
-    recipe = RECIPES[data]._replace(**{k: given[k] for k in Recipe._fields if k in given})
-    recipe = recipe._replace(warmup=min(recipe.warmup, recipe.epochs / 10),
-                             stored=max(recipe.stored, recipe.points))
+        return saved_settings(args, "cls")
+    recipe = with_flags(RECIPES[args.data or "synthetic"], args)
+    recipe = recipe._replace(stored=max(recipe.stored, recipe.points))
     if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):
         raise InputError(f"--groups {recipe.groups} must be at most --points {recipe.points}, "
                          f"--neighbours {recipe.neighbours} at most {min(64, recipe.points)}")
-    cfg = {
-        "data": data, "root": args.root, "recipe": recipe._asdict(), "seed": args.seed or 0,
-        "clip": args.clip or ("random" if data == "synthetic" else "openai"),
-        "official": args.official, "text_loss": args.text_loss or "raw",
-        "test_fraction": 0.2 if args.test_fraction is None else args.test_fraction,
-        "precision": args.precision or "auto", "compile": args.compile,
-        "accumulate": args.accumulate or 1, "workers": args.workers or os.cpu_count(),
-        **{k: getattr(args, k) for k in common.ABLATIONS}}
-    if not 0 < cfg["test_fraction"] < 1:
+    fraction = 0.2 if args.test_fraction is None else args.test_fraction
+    if not 0 < fraction < 1:
         raise InputError("--test-fraction must lie between 0 and 1")
-    common.check_settings(cfg)
-    return cfg, None, None
+    cfg = shared_settings(args, recipe, synthetic_clip="random")
+    return {**cfg, "official": args.official, "text_loss": args.text_loss or "raw",
+            "test_fraction": fraction}, None, None
 
 
 if __name__ == "__main__":
-    common.main_guard(main)
+    main_guard(main)

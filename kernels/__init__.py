@@ -7,7 +7,7 @@ __all__ = ["farthest_point_sample", "interpolate", "knn"]
 
 
 def engine(kind):
-    """Who computes on "cuda" or "cpu": a run says so in its first line."""
+    """The library that runs the kernels on a "cuda" or "cpu" device, for the header of a run."""
     if kind == "cuda":
-        return f"Triton {triton.__version__}" if triton else "torch, for want of Triton"
+        return f"Triton {triton.__version__}" if triton else "torch (Triton not installed)"
     return f"numba {numba.__version__}" if numba else "torch"

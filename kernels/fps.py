@@ -1,21 +1,22 @@
-"""Farthest point sampling: m points of a cloud, each the farthest from all chosen before it.
+"""Farthest point sampling: m points of a cloud, each the farthest from all samples before it.
 
     index[b, 0] = start[b]
     index[b, i] = argmax_n min_{j < i} |xyz[b, n] - xyz[b, index[b, j]]|²      (ties: lowest n)
 
 PointNet++ (arXiv 1706.02413), section 3.2. xyz (B, N, 3) -> index (B, m) int64, 10·B·N·m
-operations. Distances are fp32, (dx·dx + dy·dy) + dz·dz without fused multiply-add, so that every
-way below chooses the same points. Clouds are independent, but of a cloud the m steps wait for each
-other: what counts is the time of one step.
+operations. Distances are fp32, (dx·dx + dy·dy) + dz·dz without fused multiply-add, so that all
+implementations below choose the same points. Clouds are independent, but the m steps of a cloud
+are sequential: the run time is m times the latency of one step.
 
-    fps_torch        the specification. Its buffers pass through memory, 60·B·N·m bytes
-    fps_boxes        CPUs with numba: points in boxes, and of those only the ones within reach
-    _fps_registers   GPUs, up to 8,192 points: a program holds a cloud and its distances in
-                     registers and moves 12·B·N + 8·B·m bytes in all
-    _fps_together    GPUs, larger clouds: programs share a cloud and find dozens of samples
-                     between two times of waiting for each other
-    _fps_stream      clouds too large for the card's multiprocessors, and triton 3.2: from L2,
-                     20·B·N·m bytes
+    fps_torch        reference implementation. Memory traffic: 60·B·N·m bytes
+    fps_boxes        CPU with numba: points are grouped in bounding boxes, and a step skips the
+                     boxes that the new sample cannot affect
+    _fps_registers   GPU, up to 8,192 points: one program per cloud holds points and distances in
+                     registers; 12·B·N + 8·B·m bytes in all
+    _fps_together    GPU, larger clouds: several programs share a cloud and find dozens of samples
+                     per synchronisation
+    _fps_stream      GPU, for clouds that need more programs than the card has multiprocessors, and
+                     for triton 3.2: reads the cloud from L2 in every step, 20·B·N·m bytes
 
     python kernels/fps.py
 """
@@ -36,12 +37,12 @@ except ImportError:  # macOS, Windows: every call takes the torch path
 try:
     import numba
     from scipy.spatial import cKDTree
-except ImportError:  # optional, for CPUs: without them the same points, ten times later
+except ImportError:  # optional, CPU only: same result without them, about 10x slower
     numba = None
 
-IN_REGISTERS = ((1024, 4), (2048, 8), (4096, 8), (8192, 16))  # largest N, warps; not timed yet
-STREAMED = (4096, 16)  # points per trip, warps
-FEW = 256  # samples up to which sorting a cloud costs a CPU more than it saves
+IN_REGISTERS = ((1024, 4), (2048, 8), (4096, 8), (8192, 16))  # largest N, warps; not tuned yet
+STREAMED = (4096, 16)  # points per iteration, warps
+FEW = 256  # up to this many samples, sorting a cloud costs a CPU more than it saves
 
 
 def fps_torch(xyz, m, start, lengths):  # (B, N, 3), (B,), (B,) -> (B, m)
@@ -50,11 +51,11 @@ def fps_torch(xyz, m, start, lengths):  # (B, N, 3), (B,), (B,) -> (B, m)
     far = torch.minimum(start.clamp(min=0), lengths - 1).long()[:, None]
     planes = xyz.permute(2, 0, 1).contiguous()  # (3, B, N): x of all clouds, then y, then z
     square = torch.empty_like(planes)
-    nearest = torch.full((B, N), float("inf"), device=xyz.device)  # to the closest chosen point
+    nearest = torch.full((B, N), float("inf"), device=xyz.device)  # to the closest sample
     nearest.masked_fill_(torch.arange(N, device=xyz.device) >= lengths[:, None], -1.0)
     index = torch.empty(B, m, dtype=torch.int64, device=xyz.device)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # steps are too short to share: with busy cores 100 x slower
+    torch.set_num_threads(1)  # a step is too short to parallelise: 100x slower on busy cores
     try:
         for i in range(m):
             index[:, i:i + 1] = far
@@ -62,7 +63,7 @@ def fps_torch(xyz, m, start, lengths):  # (B, N, 3), (B,), (B,) -> (B, m)
             square.mul_(square)
             distance = square[0].add_(square[1]).add_(square[2])
             torch.minimum(nearest, distance, out=nearest)
-            torch.argmax(nearest, 1, keepdim=True, out=far)  # torch promises the first maximum
+            torch.argmax(nearest, 1, keepdim=True, out=far)  # torch returns the first maximum
     finally:
         torch.set_num_threads(threads)
     return index
@@ -71,17 +72,18 @@ def fps_torch(xyz, m, start, lengths):  # (B, N, 3), (B,), (B,) -> (B, m)
 if numba:
     @numba.njit(nogil=True)  # without fastmath: nothing is fused or reordered
     def _fps_boxes(planes, order, low, high, size, far, index):
-        # planes (3, N): x, y, z of one cloud, sorted so that `size` in a row lie close together;
-        # order (N,) are their indices, low and high (3, boxes) their boxes. Where the new point is
-        # farther from a box than all points in it are from the chosen ones, the box stays as it is;
-        # rounding is monotone, so the bound needs no margin
+        # planes (3, N): x, y, z of one cloud, sorted so that `size` consecutive points lie close
+        # together; order (N,): their indices; low, high (3, boxes): their bounding boxes. A box is
+        # skipped if the new sample is at least as far from it as any of its points is from the
+        # samples before; rounding is monotone, so the bound needs no margin
         x, y, z = planes[0], planes[1], planes[2]
-        N, boxes = len(x), low.shape[1]
+        N = len(x)
+        boxes = low.shape[1]
         nearest = np.full(N, np.inf, np.float32)
-        bits = nearest.view(np.int32)  # sorts the same, and a maximum of integers is vectorised
-        distance = np.empty(boxes, np.float32)
-        radius = np.full(boxes, np.inf, np.float32)  # the farthest point of each box,
-        at = np.zeros(boxes, np.int64)  # and where it is: of equals the lowest index
+        bits = nearest.view(np.int32)  # same order as the floats; an integer maximum vectorises
+        distance = np.empty(boxes, np.float32)  # from the new sample to each box
+        radius = np.full(boxes, np.inf, np.float32)  # the largest `nearest` in each box
+        farthest = np.zeros(boxes, np.int64)  # and its position; ties: lowest index
         zero = np.float32(0)
         for i in range(len(index)):
             index[i] = order[far]
@@ -94,57 +96,69 @@ if numba:
             best = np.float32(-1)
             for k in range(boxes):
                 if distance[k] < radius[k]:
-                    a, e = k * size, (k + 1) * size
-                    # slices from 0 on, and one loop for each thing: so they become vector instructions
-                    xs, ys, zs, ds, ints = x[a:e], y[a:e], z[a:e], nearest[a:e], bits[a:e]
+                    first = k * size
+                    end = min(first + size, N)
+                    # slices that start at 0 and one loop per operation: so LLVM vectorises them
+                    xs, ys, zs = x[first:end], y[first:end], z[first:end]
+                    near, near_bits = nearest[first:end], bits[first:end]
                     for n in range(len(xs)):
                         dx, dy, dz = xs[n] - cx, ys[n] - cy, zs[n] - cz
                         d = (dx * dx + dy * dy) + dz * dz
-                        ds[n] = d if d < ds[n] else ds[n]
+                        near[n] = d if d < near[n] else near[n]
                     most = np.int32(-1)
                     for n in range(len(xs)):
-                        most = max(most, ints[n])
+                        most = max(most, near_bits[n])
                     winner = -1
-                    for n in range(a, e if e < N else N):
+                    for n in range(first, end):
                         if bits[n] == most and (winner < 0 or order[n] < order[winner]):
                             winner = n
-                    radius[k], at[k] = nearest[winner], winner
-                if radius[k] > best or (radius[k] == best and order[at[k]] < order[far]):
-                    best, far = radius[k], at[k]
+                    radius[k] = nearest[winner]
+                    farthest[k] = winner
+                tied = radius[k] == best and order[farthest[k]] < order[far]
+                if radius[k] > best or tied:
+                    best = radius[k]
+                    far = farthest[k]
 
 
 def fps_boxes(xyz, m, start, lengths):
-    """`fps_torch` on a CPU, passing over all that is too far away to change. Clouds in threads."""
+    """`fps_torch` on a CPU, skipping boxes that cannot change. Clouds run in parallel threads."""
     index = torch.empty(len(xyz), m, dtype=torch.int64)
     workers = min(torch.get_num_threads(), len(xyz))
 
-    def clouds(w):
-        for b in range(w, len(xyz), workers):
+    def sample_clouds(worker):
+        for b in range(worker, len(xyz), workers):
             cloud = xyz[b, :int(lengths[b])].numpy()
-            if m <= FEW:  # one box: nothing is passed over
-                order, size = np.arange(len(cloud)), len(cloud)
-            else:  # a k-d tree has 64 neighbours side by side
+            if m <= FEW:  # one box: nothing is skipped
+                size = len(cloud)
+                order = np.arange(size)
+            else:  # in the order of a k-d tree, 64 consecutive points lie close together
                 size = 64
                 order = cKDTree(cloud, size, balanced_tree=False, compact_nodes=False).indices
-            planes, edges = np.ascontiguousarray(cloud[order].T), np.arange(0, len(cloud), size)
-            low, high = (f.reduceat(planes, edges, axis=1) for f in (np.minimum, np.maximum))
+            planes = np.ascontiguousarray(cloud[order].T)
+            firsts = np.arange(0, len(cloud), size)
+            low = np.minimum.reduceat(planes, firsts, axis=1)
+            high = np.maximum.reduceat(planes, firsts, axis=1)
             far = int(np.flatnonzero(order == int(start[b]))[0])
             _fps_boxes(planes, order, low, high, size, far, index[b].numpy())
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(clouds, range(workers)))
+        list(pool.map(sample_clouds, range(workers)))
     return index
 
 
 if triton:
     @triton.jit
+    def _point(cloud, n):
+        return tl.load(cloud + n * 3), tl.load(cloud + n * 3 + 1), tl.load(cloud + n * 3 + 2)
+
+    @triton.jit
     def _square(dx, dy, dz):
         return (dx * dx + dy * dy) + dz * dz
 
-    @triton.jit(do_not_specialize=["N", "m"])  # a new size must not mean a new compilation
+    @triton.jit(do_not_specialize=["N", "m"])  # no recompilation for a new size
     def _fps_registers(xyz, start, lengths, index, N, m, BLOCK: tl.constexpr):
-        # one program: one cloud; all vectors are (BLOCK,) and stay in registers for all m steps
-        b = tl.program_id(0).to(tl.int64)  # int64: b * N * 3 may pass 2^31
+        # one program per cloud; all vectors are (BLOCK,) and stay in registers for all m steps
+        b = tl.program_id(0).to(tl.int64)  # int64: b * N * 3 may exceed 2^31
         length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 1), N)
         far = tl.minimum(tl.maximum(tl.load(start + b), 0), length - 1).to(tl.int32)
         n = tl.arange(0, BLOCK)
@@ -152,30 +166,27 @@ if triton:
         x = tl.load(cloud + n * 3, n < length, 0.0)
         y = tl.load(cloud + n * 3 + 1, n < length, 0.0)
         z = tl.load(cloud + n * 3 + 2, n < length, 0.0)
-        nearest = tl.where(n < length, float("inf"), -1.0)  # -1: padding can never win
+        nearest = tl.where(n < length, float("inf"), -1.0)  # -1: padding is never the maximum
         for i in range(m):
             tl.store(index + b * m + i, far.to(tl.int64))
-            dx = x - tl.load(cloud + far * 3)
-            dy = y - tl.load(cloud + far * 3 + 1)
-            dz = z - tl.load(cloud + far * 3 + 2)
-            nearest = tl.minimum(nearest, _square(dx, dy, dz))
+            cx, cy, cz = _point(cloud, far)
+            nearest = tl.minimum(nearest, _square(x - cx, y - cy, z - cz))
             far = tl.argmax(nearest, 0, tie_break_left=True).to(tl.int32)
 
     @triton.jit(do_not_specialize=["N", "m"])
     def _fps_stream(xyz, start, lengths, nearest, index, N, m, BLOCK: tl.constexpr):
-        # one program: one cloud of any size, walked BLOCK points at a time in each of the m steps;
-        # nearest (B, N) = inf lives in memory, and a thread always meets the same points again
+        # one program per cloud of any size, which it reads BLOCK points at a time in each of the m
+        # steps; nearest (B, N) = inf is in global memory. A thread always gets the same points, so
+        # no barrier is needed
         b = tl.program_id(0).to(tl.int64)
         length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 1), N)
         far = tl.minimum(tl.maximum(tl.load(start + b), 0), length - 1).to(tl.int32)
         cloud = xyz + b * N * 3
         for i in range(m):
             tl.store(index + b * m + i, far.to(tl.int64))
-            cx = tl.load(cloud + far * 3)
-            cy = tl.load(cloud + far * 3 + 1)
-            cz = tl.load(cloud + far * 3 + 2)
-            best = tl.full([BLOCK], -1.0, tl.float32)  # the farthest of each lane, and its index
-            at = tl.zeros([BLOCK], tl.int32)
+            cx, cy, cz = _point(cloud, far)
+            best = tl.full([BLOCK], -1.0, tl.float32)  # largest distance of each lane
+            best_index = tl.zeros([BLOCK], tl.int32)
             for first in range(0, length, BLOCK):
                 n = first + tl.arange(0, BLOCK)
                 dx = tl.load(cloud + n * 3, n < length, 0.0) - cx
@@ -184,84 +195,79 @@ if triton:
                 d = tl.load(nearest + b * N + n, n < length, -1.0)
                 d = tl.minimum(d, _square(dx, dy, dz))  # padding stays at -1
                 tl.store(nearest + b * N + n, d, n < length)
-                at = tl.where(d > best, n, at)  # > keeps the lower index among equals
+                best_index = tl.where(d > best, n, best_index)  # >: a tie keeps the lower index
                 best = tl.maximum(best, d)
-            far = tl.min(tl.where(best == tl.max(best, 0), at, 0x7FFFFFFF), 0)
+            far = tl.min(tl.where(best == tl.max(best, 0), best_index, 0x7FFFFFFF), 0)
 
     @triton.jit
-    def _key(distance, n):  # one int64: the farther the larger, among equals the lower index
+    def _key(distance, n):  # one int64 that sorts by distance, ties by descending index
         return (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - n)
 
     @triton.jit(do_not_specialize=["N", "m", "first"])
     def _fps_together(xyz, start, lengths, mail, index, N, m, first,
                       PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, BEST: tl.constexpr):
-        # PROGRAMS programs share one cloud, each holds BLOCK of its points in registers. In a round
-        # each publishes the keys of its BEST farthest points, in descending order, and reads those
-        # of all. No point that is not among them has a key above `bound`, the largest of the last
-        # ones, and keys only fall: so everyone runs FPS on this list, and while its farthest point
-        # reaches `bound`, that is the farthest of the cloud. A round yields at least one sample,
-        # as a rule dozens (NVIDIA's kaolin does the same with one sorted list).
+        # PROGRAMS programs share one cloud, each holds BLOCK of its points in registers. In every
+        # round each program publishes the keys of its BEST farthest points in descending order and
+        # reads those of all programs. The key of any other point is at most `bound`, the largest of
+        # the last keys, and keys only decrease. So every program runs FPS on the published points
+        # alone; while the farthest of them reaches `bound`, it is the farthest of the whole cloud.
+        # A round yields at least one sample, typically dozens (kaolin does the same with one
+        # sorted list).
         #
-        # Only words of 8 bytes pass between programs, each complete in itself, so their order does
-        # not matter. Keys leave the sign bit free: it changes with each use of the two buffers,
-        # which begin as zeros, and tells a new word from an old one. Two are enough: who writes the
-        # next round has read this one from everybody, and they had finished with the one before.
+        # Programs exchange 8-byte words only, each valid on its own, so memory order does not
+        # matter. A key leaves the sign bit free: it flips with each use of a buffer, which marks a
+        # word as new; buffers begin as zeros. Two buffers are enough: a program that writes the
+        # next round has read this round from all programs, which had then finished the one before.
         g = tl.program_id(0)
         b = (first + tl.program_id(1)).to(tl.int64)
         length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 1), N)
         far = tl.minimum(tl.maximum(tl.load(start + b), 0), length - 1).to(tl.int32)
-        n = tl.arange(0, BLOCK) * PROGRAMS + g  # every program gets its part of every region
+        n = tl.arange(0, BLOCK) * PROGRAMS + g  # strided: a region is shared by all programs
         cloud = xyz + b * N * 3
         x = tl.load(cloud + n * 3, n < length, 0.0)
         y = tl.load(cloud + n * 3 + 1, n < length, 0.0)
         z = tl.load(cloud + n * 3 + 2, n < length, 0.0)
-        cx = tl.load(cloud + far * 3)
-        cy = tl.load(cloud + far * 3 + 1)
-        cz = tl.load(cloud + far * 3 + 2)
+        cx, cy, cz = _point(cloud, far)
         nearest = tl.minimum(_square(x - cx, y - cy, z - cz), float("inf"))  # never NaN
         if g == 0:
             tl.store(index + b * m, far.to(tl.int64))
         slot = tl.arange(0, PROGRAMS * BEST)
         i = 1
-        turn = tl.full([], 0, tl.int64)
+        rounds = tl.full([], 0, tl.int64)
         while i < m:
-            box = mail + (b * 2 + turn % 2) * PROGRAMS * BEST
-            sign = (1 - turn // 2 % 2) << 63
-            key = tl.where(n < length, _key(nearest, n), 0)  # 0: no point at all
+            buffer = mail + (b * 2 + rounds % 2) * PROGRAMS * BEST
+            sign = (1 - rounds // 2 % 2) << 63
+            key = tl.where(n < length, _key(nearest, n), 0)  # 0: padding
             for j in range(BEST):
-                best = tl.max(key, 0)
-                tl.atomic_xchg(box + g * BEST + j, best ^ sign, sem="relaxed", scope="gpu")
-                key = tl.where(key == best, 0, key)
-            key = tl.load(box + slot, volatile=True) ^ sign
-            while tl.min(key, 0) < 0:  # somebody has not written yet
-                key = tl.load(box + slot, volatile=True) ^ sign
+                largest = tl.max(key, 0)
+                tl.atomic_xchg(buffer + g * BEST + j, largest ^ sign, sem="relaxed", scope="gpu")
+                key = tl.where(key == largest, 0, key)
+            key = tl.load(buffer + slot, volatile=True) ^ sign
+            while tl.min(key, 0) < 0:  # a program has not written its keys yet
+                key = tl.load(buffer + slot, volatile=True) ^ sign
             bound = tl.max(tl.where(slot % BEST == BEST - 1, key, 0), 0)
             real = key > 0
-            at = tl.where(real, 0x7FFFFFFF - (key & 0x7FFFFFFF), 0)
+            candidate = tl.where(real, 0x7FFFFFFF - (key & 0x7FFFFFFF), 0)
             distance = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-            px = tl.load(cloud + at * 3)
-            py = tl.load(cloud + at * 3 + 1)
-            pz = tl.load(cloud + at * 3 + 2)
-            best = tl.max(key, 0)
-            while (best >= bound) & (i < m):
-                far = (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+            px, py, pz = _point(cloud, candidate)
+            largest = tl.max(key, 0)
+            while (largest >= bound) & (i < m):
+                far = (0x7FFFFFFF - (largest & 0x7FFFFFFF)).to(tl.int32)
                 if g == 0:
                     tl.store(index + b * m + i, far.to(tl.int64))
-                cx = tl.load(cloud + far * 3)
-                cy = tl.load(cloud + far * 3 + 1)
-                cz = tl.load(cloud + far * 3 + 2)
+                cx, cy, cz = _point(cloud, far)
                 nearest = tl.minimum(nearest, _square(x - cx, y - cy, z - cz))
                 distance = tl.minimum(distance, _square(px - cx, py - cy, pz - cz))
-                best = tl.max(tl.where(real, _key(distance, at), 0), 0)
+                largest = tl.max(tl.where(real, _key(distance, candidate), 0), 0)
                 i += 1
-            turn += 1
+            rounds += 1
 
 
 def shares(N):
-    """How programs share a cloud of N points. Not timed yet.
+    """Launch configuration of `_fps_together` for clouds of N points. Not tuned yet.
 
-    The list has a word for each of the 256 threads of a program: one that two of them read might
-    look old to the one and new to the other.
+    PROGRAMS * BEST is at least 256, the threads of a program: with fewer words two threads would
+    load the same one, which could look old to one of them and new to the other.
     """
     programs = max(16, triton.next_power_of_2(triton.cdiv(N, 4096)))
     block = triton.next_power_of_2(max(256, triton.cdiv(N, programs)))
@@ -269,9 +275,9 @@ def shares(N):
 
 
 def seats(xyz):
-    """How many programs can wait for each other: one for each multiprocessor of the card.
+    """How many programs are resident at once and can synchronise: one per multiprocessor.
 
-    The interpreter runs one after the other, and triton 3.2 has no cooperative launch.
+    The interpreter runs one program after the other; triton 3.2 has no cooperative launch: none.
     """
     if xyz.is_cuda and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):
         return torch.cuda.get_device_properties(xyz.device).multi_processor_count
@@ -288,12 +294,12 @@ def fps_triton(xyz, m, start, lengths, in_registers=IN_REGISTERS, share=None, st
                                      num_warps=warps, enable_fp_fusion=False)
                 return index
         share = share or shares(N)
-        at_once = seats(xyz) // share["PROGRAMS"]  # clouds
+        at_once = seats(xyz) // share["PROGRAMS"]  # clouds per launch
         if at_once:
             mail = torch.zeros(B, 2, share["PROGRAMS"], share["BEST"], dtype=torch.int64,
                                device=xyz.device)
             cooperative = dict(launch_cooperative_grid=True) if xyz.is_cuda else {}
-            for first in range(0, B, at_once):  # the driver refuses what cannot run at once
+            for first in range(0, B, at_once):  # all programs must be resident
                 _fps_together[(share["PROGRAMS"], min(at_once, B - first))](
                     xyz, start, lengths, mail, index, N, m, first, **share, **cooperative,
                     enable_fp_fusion=False)
@@ -306,7 +312,7 @@ def fps_triton(xyz, m, start, lengths, in_registers=IN_REGISTERS, share=None, st
 
 
 def use_triton(tensor):
-    """Triton serves CUDA tensors, with TRITON_INTERPRET=1 its interpreter serves the CPU, too."""
+    """Triton runs on CUDA tensors; with TRITON_INTERPRET=1 its interpreter runs on the CPU, too."""
     return triton is not None and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -314,7 +320,7 @@ def use_triton(tensor):
 def _operator(xyz: torch.Tensor, m: int, start: torch.Tensor, lengths: torch.Tensor,
               check: bool) -> torch.Tensor:
     B, N, _ = xyz.shape
-    if check and B:  # in here, so that torch.compile keeps the checks
+    if check and B:  # inside the operator, so that torch.compile keeps the checks
         bad = B * N - int((xyz.abs() <= 1e18).all(-1).sum())  # NaN fails the comparison, too
         if bad:
             raise ValueError(f"farthest_point_sample: xyz holds {bad} points with NaN, Inf or "
@@ -330,8 +336,9 @@ def _operator(xyz: torch.Tensor, m: int, start: torch.Tensor, lengths: torch.Ten
         return torch.empty(0, m, dtype=torch.int64, device=xyz.device)
     if use_triton(xyz):
         return fps_triton(xyz, m, start, lengths)
-    boxes = numba is not None and xyz.device.type == "cpu"
-    return (fps_boxes if boxes else fps_torch)(xyz, m, start, lengths)
+    if numba and xyz.device.type == "cpu":
+        return fps_boxes(xyz, m, start, lengths)
+    return fps_torch(xyz, m, start, lengths)
 
 
 @_operator.register_fake
@@ -344,11 +351,11 @@ def farthest_point_sample(xyz, m, start=0, lengths=None, check=None):
 
     start     int or (B,) integers
     lengths   (B,) integers: only the first lengths[b] points of cloud b exist
-    check     refuse NaN, Inf, and lengths or start out of range. Always done on the CPU; on CUDA
-              only with check=True, since reading the answer stops the stream. Unchecked, lengths
-              and start are clamped, points repeat where m > lengths[b], and a cloud with NaN
-              yields some indices within it
-    A point repeats only when all others coincide with chosen ones. Indices carry no gradient.
+    check     raise on NaN, Inf, and lengths or start out of range. Always done on the CPU; on CUDA
+              only with check=True, since it synchronises host and device. Unchecked, lengths and
+              start are clamped, points repeat where m > lengths[b], and a cloud with NaN yields
+              arbitrary valid indices
+    A point repeats only if all others coincide with samples. Indices carry no gradient.
     """
     name = "farthest_point_sample"
     if xyz.dim() != 3 or xyz.shape[-1] != 3:
@@ -374,11 +381,13 @@ def farthest_point_sample(xyz, m, start=0, lengths=None, check=None):
                      check)
 
 
-def _brute_force(xyz, m):  # float64, one step after the other
-    xyz, rows, index = xyz.double().cpu(), torch.arange(len(xyz)), [torch.zeros(len(xyz)).long()]
+def _brute_force(xyz, m):  # float64, step by step
+    xyz = xyz.double().cpu()
+    clouds = torch.arange(len(xyz))
+    index = [torch.zeros(len(xyz)).long()]
     nearest = torch.full(xyz.shape[:2], float("inf")).double()
     for _ in range(m - 1):
-        distance = (xyz - xyz[rows, index[-1]][:, None]).square().sum(-1)
+        distance = (xyz - xyz[clouds, index[-1]][:, None]).square().sum(-1)
         nearest = torch.minimum(nearest, distance)
         index.append(nearest.argmax(1))
     return torch.stack(index, 1)
@@ -393,27 +402,29 @@ def main():
         sm = "sm_%d%d" % torch.cuda.get_device_capability()
         machine = f"{torch.cuda.get_device_name()} ({sm})"
     for B, N, m in shapes:
-        xyz, seconds = torch.rand(B, N, 3, device=device), []
-        twin = "torch" if use_triton(xyz) else "brute force"
-        if twin == "brute force":
-            xyz = (xyz * 64).round() / 64  # a lattice: ties, and distances that fp32 holds exactly
-        for _ in range(4):  # the first one compiles
+        xyz = torch.rand(B, N, 3, device=device)
+        reference = "torch" if use_triton(xyz) else "brute force"
+        if reference == "brute force":
+            xyz = (xyz * 64).round() / 64  # a lattice: ties, and distances exact in fp32
+        seconds = []
+        for _ in range(4):  # the first call compiles
             begin = time.perf_counter()
             index = farthest_point_sample(xyz, m)
             if xyz.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
         full = torch.full((B,), N, device=device)
-        truth = fps_torch(xyz, m, 0 * full, full) if twin == "torch" else _brute_force(xyz, m)
-        index, truth = index.cpu(), truth.cpu()
-        if not torch.equal(index, truth):
-            b, i = (index != truth).nonzero()[0].tolist()
-            sys.exit(f"DIFFERS on {machine}: {B} x {N} -> {m}, {int((index != truth).sum())} of "
-                     f"{B * m} indices, first at [{b}, {i}]: {int(index[b, i])}, but {twin} says "
-                     f"{int(truth[b, i])}")
-    print(f"ok: farthest_point_sample agrees with {twin} on {machine}, torch {torch.__version__}, "
-          f"triton {triton.__version__ if triton else 'absent'}: {B} x {N} -> {m} in "
-          f"{min(seconds) * 1e3:.1f} ms, {(12 * B * N + 8 * B * m) / 1e6:.1f} MB moved")
+        expected = fps_torch(xyz, m, 0 * full, full) if use_triton(xyz) else _brute_force(xyz, m)
+        index, expected = index.cpu(), expected.cpu()
+        wrong = (index != expected).nonzero().tolist()
+        if wrong:
+            b, i = wrong[0]
+            sys.exit(f"DIFFERS on {machine}: {B} x {N} -> {m}, {len(wrong)} of {B * m} indices, "
+                     f"first at [{b}, {i}]: {int(index[b, i])}, {reference}: {int(expected[b, i])}")
+    print(f"ok: farthest_point_sample agrees with {reference} on {machine}, torch "
+          f"{torch.__version__}, triton {triton.__version__ if triton else 'absent'}: "
+          f"{B} x {N} -> {m} in {min(seconds) * 1e3:.1f} ms, "
+          f"{(12 * B * N + 8 * B * m) / 1e6:.1f} MB moved")
 
 
 if __name__ == "__main__":

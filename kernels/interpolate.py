@@ -1,17 +1,18 @@
-"""Interpolation: a feature for each query from its k nearest source points, the nearer the heavier.
+"""Interpolation: the features of the k nearest source points, weighted by inverse squared distance.
 
     out[b, n] = sum_j w_j feats[b, i_j] / sum_j w_j
     w_j = 1 / (|query[b, n] - points[b, i_j]|² + 1e-8)
 
 PointNet++ (arXiv 1706.02413), section 3.4, equation 2 with p = 2. query (B, N, 3), points
 (B, S, 3), feats (B, S, C) -> (B, N, C). The neighbours i_1 .. i_k come from knn; ties go to the
-lowest index. A query at a squared distance of 0 (in fp32) from source points gets their feature
-exactly, the mean of them where several of its k neighbours coincide with it: 1e-8 alone would blur
-clouds of small scale. The gradient goes to feats only, not to the coordinates.
-Plain torch writes the (B, N, k, C) rows it gathers and reads them back. Fused, the forward moves
-4·B·N·C·(k + 1) bytes in fp32, and the backward no more: it is the same sum read the other way, each
-source point adding up the queries that used it, sorted once, in a fixed order. No atomics: the same
-bits every time, no zero fill, and bf16 is rounded once.
+lowest index. A query that coincides with source points (a squared distance of 0 in fp32) gets
+exactly their feature, or the mean if several of its k neighbours coincide: the 1e-8 alone would
+blur clouds of small scale. The gradient goes to feats only, not to the coordinates.
+
+Plain torch writes the gathered (B, N, k, C) rows to memory and reads them back. The fused forward
+moves 4·B·N·C·(k + 1) bytes in fp32, and the backward no more. The backward is a gather as well:
+edges are sorted by source point once, and each source point sums its queries in a fixed order.
+There are no atomics: results are deterministic, nothing is zero-filled, bf16 is rounded once.
 
     python kernels/interpolate.py
 """
@@ -32,23 +33,24 @@ except ImportError:  # macOS, Windows: every call takes the torch path
     triton = None
 
 
-# Forward and backward are one operation on edges e that are sorted by the row t they lead to:
+# Forward and backward are one operation, a segment sum over edges e sorted by target row t:
 #     out[t] = sum of weight[e] * rows[source[e]] over ends[t] <= e < ends[t + 1]
 
 def gather_sum_torch(rows, source, weight, ends):  # (R, C), (E,), (E,), (T + 1,) -> (T, C)
     if rows.numel() == 0 or source.numel() == 0:
         return rows.new_zeros(len(ends) - 1, rows.shape[1])
-    wide = torch.promote_types(rows.dtype, torch.float32)  # sums in fp32; float64 stays float64
+    wide = torch.promote_types(rows.dtype, torch.float32)  # accumulate in fp32, or float64
     return torch.nn.functional.embedding_bag(
         source, rows.to(wide), ends, mode="sum", per_sample_weights=weight.to(wide),
         include_last_offset=True).to(rows.dtype)
 
 
 if triton:
-    @triton.jit(do_not_specialize=["T", "k"])  # a new size must not mean a new compilation
+    @triton.jit(do_not_specialize=["T", "k"])  # no recompilation for a new size
     def _forward(feats, source, weight, out, T, k, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
         # one program: BLOCK_T queries x BLOCK_C channels; each query has k edges
-        t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)  # t * C may pass 2^31
+        t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+        t = t.to(tl.int64)  # t * C may exceed 2^31
         c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = (t < T)[:, None] & (c < C)[None, :]
         total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
@@ -62,8 +64,8 @@ if triton:
     @triton.jit
     def _backward(grad, source, weight, ends, out, C,
                   BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):
-        # one program: one source point x BLOCK_C channels, its edges BLOCK_E at a time. A point
-        # that nobody used gets its zeros here
+        # one program: one source point x BLOCK_C channels, its edges BLOCK_E at a time. A source
+        # point without edges gets zeros
         t = tl.program_id(0).to(tl.int64)
         c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         last = tl.load(ends + t + 1)
@@ -79,7 +81,7 @@ if triton:
 
 
 def blocks(C):
-    """Block sizes of the forward and of the backward kernel for C channels. Not timed yet."""
+    """Block sizes of the forward and of the backward kernel for C channels. Not tuned yet."""
     if C <= 64:
         return dict(BLOCK_T=16, BLOCK_C=64, num_warps=4), dict(BLOCK_E=16, BLOCK_C=64, num_warps=2)
     return dict(BLOCK_T=8, BLOCK_C=256, num_warps=4), dict(BLOCK_E=4, BLOCK_C=256, num_warps=4)
@@ -105,13 +107,13 @@ def backward_triton(grad, source, weight, ends):  # (R, C), (E,), (E,), (T + 1,)
     return out
 
 
-def in_triton(rows, source):  # torch takes float64, and cases without anything to add
+def in_triton(rows, source):  # float64 and empty sums run in torch
     return use_triton(rows) and rows.dtype != torch.float64 and rows.numel() * source.numel() > 0
 
 
 @torch.library.custom_op("nanoepcl::interpolate", mutates_args=())
 def _operator(feats: torch.Tensor, source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    # feats (B, S, C); source and weight (B, N, k). source counts the rows of all clouds: 0 .. B * S
+    # feats (B, S, C); source and weight (B, N, k). source indexes the rows of all clouds, B * S
     (B, N, k), C = source.shape, feats.shape[2]
     rows, source, weight = feats.flatten(0, 1), source.flatten(), weight.flatten()
     if in_triton(rows, source):
@@ -124,11 +126,11 @@ def _operator(feats: torch.Tensor, source: torch.Tensor, weight: torch.Tensor) -
 def _operator_backward(grad: torch.Tensor, source: torch.Tensor, weight: torch.Tensor,
                        S: int) -> torch.Tensor:
     (B, N, k), C = source.shape, grad.shape[2]
-    to, order = source.flatten().sort(stable=True)  # stable: queries in order within a source point
-    ends = torch.searchsorted(to, torch.arange(B * S + 1, device=grad.device))
+    target, order = source.flatten().sort(stable=True)  # stable: queries of a source point in order
+    ends = torch.searchsorted(target, torch.arange(B * S + 1, device=grad.device))
     rows, source, weight = grad.flatten(0, 1), order // k, weight.flatten()[order]
-    add = backward_triton if in_triton(rows, source) else gather_sum_torch
-    return add(rows, source, weight, ends).view(B, S, C)
+    gather_sum = backward_triton if in_triton(rows, source) else gather_sum_torch
+    return gather_sum(rows, source, weight, ends).view(B, S, C)
 
 
 @_operator.register_fake
@@ -146,7 +148,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(inputs[1], inputs[2])
 
 
-def _gradient(ctx, grad):  # to feats; none to source and weight
+def _gradient(ctx, grad):  # of feats; none for source and weight
     return _operator_backward(grad.contiguous(), *ctx.saved_tensors, ctx.S), None, None
 
 
@@ -165,8 +167,8 @@ def interpolate(query, points, feats, k=3, lengths=None, check=None):
     k         1 .. 8 neighbours, and at most the points of each cloud
     lengths   (B,) integers: only the first lengths[b] points of cloud b exist
     check     as in knn: always on the CPU, on CUDA only with check=True. Unchecked, a missing
-              neighbour weighs 0, and a query without any neighbour gets NaN
-    The result has the dtype of feats; float32, bfloat16 and float16 are summed in float32.
+              neighbour has weight 0, and a query without any neighbour gets NaN
+    The result has the dtype of feats; float32, bfloat16 and float16 accumulate in float32.
     Differentiable in feats, not in the coordinates.
     """
     check_clouds("interpolate", query, points)
@@ -184,7 +186,7 @@ def interpolate(query, points, feats, k=3, lengths=None, check=None):
     return _operator(feats.contiguous(), source, neighbour_weights(dist2))
 
 
-def _brute_force(query, points, feats, k):  # float64, by the whole (B, N, S) table
+def _brute_force(query, points, feats, k):  # float64, all (B, N, S) distances
     table = (query[:, :, None].double() - points[:, None].double()).square().sum(-1)
     dist2, index = table.sort(dim=-1, stable=True)
     weight = neighbour_weights(dist2[..., :k].float()).double()
@@ -201,27 +203,29 @@ def main():
         sm = "sm_%d%d" % torch.cuda.get_device_capability()
         machine = f"{torch.cuda.get_device_name()} ({sm})"
     for B, N, S, C in shapes:
-        query, points = torch.rand(B, N, 3, device=device), torch.rand(B, S, 3, device=device)
-        query, points = (query * 64).round() / 64, (points * 64).round() / 64  # distances are exact
+        # coordinates on a lattice: distances are exact in fp32
+        query = (torch.rand(B, N, 3, device=device) * 64).round() / 64
+        points = (torch.rand(B, S, 3, device=device) * 64).round() / 64
         query[:, :9] = points[:, :9]
         feats = torch.randn(B, S, C, device=device, requires_grad=True)
-        grad, seconds = torch.randn(B, N, C, device=device), []
-        for _ in range(4):  # the first one compiles
+        grad = torch.randn(B, N, C, device=device)
+        seconds = []
+        for _ in range(4):  # the first call compiles
             begin = time.perf_counter()
             out = interpolate(query, points, feats)
-            slope, = torch.autograd.grad(out, feats, grad)
+            gradient, = torch.autograd.grad(out, feats, grad)
             if out.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
-        truth = _brute_force(query, points, feats, 3)
-        true_slope, = torch.autograd.grad(truth, feats, grad.double())
-        for what, a, b in (("values", out, truth), ("gradient", slope, true_slope)):
+        expected = _brute_force(query, points, feats, 3)
+        expected_gradient, = torch.autograd.grad(expected, feats, grad.double())
+        for what, a, b in (("values", out, expected), ("gradient", gradient, expected_gradient)):
             error = ((a - b).abs() / b.abs().max()).nan_to_num(9.0).flatten()
             if error.max() > 1e-5:  # sums in fp32: a few 1e-7
-                at = int(error.argmax())
-                sys.exit(f"DIFFERS on {machine}: {what} at {B} x {N} x {C} from {S} points, error "
-                         f"{float(error[at]):.1e} of its size, worst at flat [{at}]: "
-                         f"{float(a.flatten()[at])}, but brute force says {float(b.flatten()[at])}")
+                worst = int(error.argmax())
+                sys.exit(f"DIFFERS on {machine}: {what} of {B} x {N} x {C} from {S} points, error "
+                         f"{float(error[worst]):.1e} of the maximum at flat index {worst}: "
+                         f"{float(a.flatten()[worst])}, brute force: {float(b.flatten()[worst])}")
     print(f"ok: interpolate and its gradient agree with brute force on {machine}, torch "
           f"{torch.__version__}, triton {triton.__version__ if triton else 'absent'}: {B} x {N} x "
           f"{C} from {S} points in {min(seconds) * 1e3:.1f} ms, "

@@ -2,15 +2,17 @@
 
     dist2[b, m], index[b, m] = the k smallest pairs (|query[b, m] - points[b, n]|², n) over all n
 
-query (B, M, 3), points (B, N, 3) -> dist2 (B, M, k) float32 ascending, index (B, M, k) int64; equal
-distances are ordered by index. 9·B·M·N operations. The grouping of PointNet++ (arXiv 1706.02413),
-section 3.2, with a fixed number of neighbours. Distances are fp32, (dx·dx + dy·dy) + dz·dz without
-fused multiply-add, so CPU, interpreter and GPU return the same bits; |q|² - 2qp + |p|² would lose
-the digits that decide between neighbours. The table of all distances takes 4·B·M·N bytes, 25.6 GB
-for 80,000 x 80,000: torch computes it in pieces that stay in cache, the kernel keeps k candidates
-per query in registers and writes nothing but the answer, 12·B·M·k bytes. On a CPU, above FEW points
-and with scipy, a k-d tree proposes the candidates; the same fp32 distances and indices decide. For
-smaller clouds numba, where it is installed, keeps the lists.
+query (B, M, 3), points (B, N, 3) -> dist2 (B, M, k) float32 ascending, index (B, M, k) int64;
+equal distances are ordered by index. 9·B·M·N operations. The grouping of PointNet++ (arXiv
+1706.02413), section 3.2, with a fixed number of neighbours. Distances are fp32, (dx·dx + dy·dy) +
+dz·dz without fused multiply-add, so CPU, interpreter and GPU return the same bits;
+|q|² - 2qp + |p|² would cancel the digits that decide between neighbours.
+
+The full distance matrix takes 4·B·M·N bytes, 25.6 GB for 80,000 x 80,000. torch computes it in
+pieces that fit in cache; the Triton kernel keeps k candidates per query in registers and writes
+only the result, 12·B·M·k bytes. On a CPU, clouds of more than FEW points get candidates from a
+k-d tree (scipy), ranked by the same fp32 distances and indices; smaller clouds take a loop in numba
+where it is installed.
 
     python kernels/knn.py
 """
@@ -30,128 +32,137 @@ except ImportError:  # macOS, Windows: every call takes the torch path
 
 try:
     from scipy.spatial import cKDTree
-except ImportError:  # who copies this file alone gets the same answers, later
+except ImportError:  # same result without it, only slower
     cKDTree = None
 
 try:
     import numba
-except ImportError:  # optional: small clouds on a CPU take three times as long without it
+except ImportError:  # optional: without it, small clouds take 3x as long on a CPU
     numba = None
 
 MAX_K = 64
-FEW = 1024  # points up to which a CPU computes all distances: a tree is no faster there
-PIECE = 2 ** 19  # distances at a time in torch: 2 MB, with all scratch under 40 MB (or a row of N)
+FEW = 1024  # up to this many points, a tree is no faster than all distances on a CPU
+PIECE = 2 ** 19  # distances at a time in torch, at least one row of N: 2 MB, under 40 MB in all
 
 
 def knn_torch(query, points, k, lengths):  # -> (B, M, k) float32, (B, M, k) int64
     (B, M, _), N = query.shape, points.shape[1]
     dist2 = torch.empty(B, M, k, device=query.device)
     index = torch.empty(B, M, k, dtype=torch.int64, device=query.device)
-    clouds, rows = max(1, PIECE // (M * N)), max(1, PIECE // N)
-    order = torch.arange(N, device=query.device)
+    clouds = max(1, PIECE // (M * N))  # per piece
+    rows = max(1, PIECE // N)
+    n = torch.arange(N, device=query.device)
     for b in range(0, B, clouds):
         x, y, z = points[b:b + clouds].permute(2, 0, 1)[:, :, None].contiguous()  # (b, 1, N)
-        missing = order >= lengths[b:b + clouds, None, None]
+        missing = n >= lengths[b:b + clouds, None, None]
         for i in range(0, M, rows):
             qx, qy, qz = query[b:b + clouds, i:i + rows].permute(2, 0, 1)[..., None]  # (b, rows, 1)
             d = (qx - x).square_().add_((qy - y).square_()).add_((qz - z).square_())
             d.masked_fill_(missing, float("inf"))
-            near, at = d.topk(min(k + 1, N), largest=False)  # one more shows a tie at the border
-            tied = (near[..., 1:] == near[..., :-1]).any(-1)
-            near, at = near[..., :k], at[..., :k]
-            if tied.any():  # topk takes equals in any order: redo those rows with keys that differ
-                key = d[tied].view(torch.int32).long() << 32 | order  # floats sort as bits
-                at[tied] = key.topk(k, largest=False).values & 0xFFFFFFFF
-            dist2[b:b + clouds, i:i + rows] = near
-            index[b:b + clouds, i:i + rows] = at.masked_fill(near == float("inf"), -1)
+            values, indices = d.topk(min(k + 1, N), largest=False)  # k + 1: shows ties at the k-th
+            tied = (values[..., 1:] == values[..., :-1]).any(-1)
+            values, indices = values[..., :k], indices[..., :k]
+            if tied.any():  # topk orders ties arbitrarily: redo those rows with unique keys
+                key = d[tied].view(torch.int32).long() << 32 | n  # the bits sort like the floats
+                indices[tied] = key.topk(k, largest=False).values & 0xFFFFFFFF
+            dist2[b:b + clouds, i:i + rows] = values
+            index[b:b + clouds, i:i + rows] = indices.masked_fill(values == float("inf"), -1)
     return dist2, index
 
 
 def knn_tree(query, points, k, lengths):
-    """`knn_torch` with candidates from a k-d tree, which measures in float64.
+    """`knn_torch` with candidates from a k-d tree, which computes distances in float64.
 
-    It is asked for 2 more than k. A point beyond its last candidate, at distance r, has an fp32
-    distance of at least (1 - 1e-6) r², six roundings of 6e-8 each; where this does not exceed the
-    k-th, as among many equals, the query is answered by `knn_torch`.
+    The tree returns k + 2 candidates. A point beyond the last one, at distance r, has an fp32
+    squared distance of at least (1 - 1e-6) r², six roundings of 6e-8 each. Where this does not
+    exceed the k-th distance, as with many ties, `knn_torch` answers the query.
     """
-    (B, M, _), N = query.shape, points.shape[1]
-    dist2, index = torch.empty(B, M, k), torch.empty(B, M, k, dtype=torch.int64)
+    B, M, _ = query.shape
+    dist2 = torch.empty(B, M, k)
+    index = torch.empty(B, M, k, dtype=torch.int64)
     for b in range(B):
         cloud = points[b, :int(lengths[b])]
-        tree, asked = cKDTree(cloud.numpy()), min(k + 2, len(cloud))
-        for rows in torch.arange(M).split(max(1, PIECE // (4 * asked))):
+        tree = cKDTree(cloud.numpy())
+        candidates = min(k + 2, len(cloud))
+        ranks = range(1, candidates + 1)
+        for rows in torch.arange(M).split(max(1, PIECE // (4 * candidates))):
             q = query[b, rows]  # (m, 3)
-            r, at = tree.query(q.numpy(), range(1, asked + 1), workers=torch.get_num_threads())
-            at = torch.from_numpy(at)  # (m, asked)
-            dx, dy, dz = (q[:, None] - cloud[at]).unbind(-1)
+            r, n = tree.query(q.numpy(), ranks, workers=torch.get_num_threads())
+            n = torch.from_numpy(n)  # (m, candidates)
+            dx, dy, dz = (q[:, None] - cloud[n]).unbind(-1)
             d = (dx * dx + dy * dy) + dz * dz
-            key = (d.view(torch.int32).long() << 32 | at).sort(1).values[:, :k]  # floats sort as bits
+            key = d.view(torch.int32).long() << 32 | n  # the bits sort like the floats
+            key = key.sort(1).values[:, :k]
             dist2[b, rows] = (key >> 32).int().view(torch.float32)
             index[b, rows] = key & 0xFFFFFFFF
-            near = torch.from_numpy(r[:, -1] ** 2 * (1 - 1e-6)) <= dist2[b, rows, -1] + 1e-37
-            if asked < len(cloud) and near.any():
-                rows = rows[near]
-                dist2[b, rows], index[b, rows] = (x[0] for x in knn_torch(
-                    query[b:b + 1, rows], points[b:b + 1], k, lengths[b:b + 1]))
+            bound = torch.from_numpy(r[:, -1] ** 2 * (1 - 1e-6))
+            unsure = bound <= dist2[b, rows, -1] + 1e-37
+            if candidates < len(cloud) and unsure.any():
+                rows = rows[unsure]
+                redone = knn_torch(query[b:b + 1, rows], points[b:b + 1], k, lengths[b:b + 1])
+                dist2[b, rows], index[b, rows] = redone[0][0], redone[1][0]
     return dist2, index
 
 
 if numba:
     @numba.njit(nogil=True)  # without fastmath: nothing is fused or reordered
     def _knn_lists(query, planes, dist2, index):
-        # query (M, 3), planes (3, N): x, y, z. Points come in the order of their index, and one at an
-        # equal distance never moves another: so dist2, index (M, k) come out in the right order
+        # query (M, 3), planes (3, N): x, y, z. An insertion sort into dist2, index (M, k). Points
+        # come in the order of their index and never displace an equal distance: ties are ordered
         x, y, z = planes[0], planes[1], planes[2]
-        d, last = np.empty(len(x), np.float32), dist2.shape[1] - 1
+        d = np.empty(len(x), np.float32)
+        last = dist2.shape[1] - 1
         for m in range(len(query)):
             qx, qy, qz = query[m, 0], query[m, 1], query[m, 2]
             for n in range(len(d)):
                 dx, dy, dz = qx - x[n], qy - y[n], qz - z[n]
                 d[n] = (dx * dx + dy * dy) + dz * dz
-            near, at = dist2[m], index[m]
-            near[:] = np.inf
-            worst = near[last]
+            nearest, ids = dist2[m], index[m]
+            nearest[:] = np.inf
+            worst = nearest[last]
             for n in range(len(d)):
                 if d[n] < worst:
                     j = last
-                    while j > 0 and near[j - 1] > d[n]:
-                        near[j], at[j] = near[j - 1], at[j - 1]
+                    while j > 0 and nearest[j - 1] > d[n]:
+                        nearest[j], ids[j] = nearest[j - 1], ids[j - 1]
                         j -= 1
-                    near[j], at[j] = d[n], n
-                    worst = near[last]
+                    nearest[j], ids[j] = d[n], n
+                    worst = nearest[last]
 
 
 def knn_lists(query, points, k, lengths):
-    """`knn_torch` on a CPU in one loop, for small clouds. Clouds in threads."""
-    (B, M, _), workers = query.shape, min(torch.get_num_threads(), len(query))
-    dist2, index = torch.empty(B, M, k), torch.empty(B, M, k, dtype=torch.int64)
+    """`knn_torch` for small clouds on a CPU, in one loop. Clouds run in parallel threads."""
+    B, M, _ = query.shape
+    workers = min(torch.get_num_threads(), B)
+    dist2 = torch.empty(B, M, k)
+    index = torch.empty(B, M, k, dtype=torch.int64)
 
-    def clouds(w):
-        for b in range(w, B, workers):
+    def search_clouds(worker):
+        for b in range(worker, B, workers):
             planes = np.ascontiguousarray(points[b, :int(lengths[b])].numpy().T)
             _knn_lists(query[b].numpy(), planes, dist2[b].numpy(), index[b].numpy())
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(clouds, range(workers)))
+        list(pool.map(search_clouds, range(workers)))
     return dist2, index
 
 
 if triton:
     @triton.jit
-    def _pack(dist2, n):  # one int64 that sorts by (distance, index)
+    def _pack(dist2, n):  # one int64 that sorts by distance, ties by index
         return (dist2.to(tl.int32, bitcast=True).to(tl.int64) << 32) | n.to(tl.int64)
 
     @triton.jit
     def _distance(key):
         return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
-    @triton.jit(do_not_specialize=["M", "N", "k", "tiles"])  # no new compilation for new sizes
+    @triton.jit(do_not_specialize=["M", "N", "k", "tiles"])  # no recompilation for new sizes
     def _knn(query, points, lengths, dist2, index, M, N, k, tiles,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
              BOUND: tl.constexpr):
-        # one program: BLOCK_M queries of one cloud, walking its points BLOCK_N at a time. best
-        # (BLOCK_M, BLOCK_K) holds the nearest so far, unsorted; a nearer one replaces the worst
-        b = (tl.program_id(0) // tiles).to(tl.int64)  # int64: b * N * 3 may pass 2^31
+        # one program: BLOCK_M queries of one cloud, whose points it reads BLOCK_N at a time. best
+        # (BLOCK_M, BLOCK_K) holds the nearest so far, unsorted; a nearer point replaces the worst
+        b = (tl.program_id(0) // tiles).to(tl.int64)  # int64: b * N * 3 may exceed 2^31
         m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
         length = tl.minimum(tl.load(lengths + b).to(tl.int32), N)
         q = query + (b * M + m) * 3
@@ -160,11 +171,11 @@ if triton:
         qz = tl.load(q + 2, m < M, 0.0)[:, None]
         INF: tl.constexpr = 0x7F800000
         DONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-        bound = tl.full([BLOCK_M], INF, tl.int32)  # who is farther need not be looked at
+        bound = tl.full([BLOCK_M], INF, tl.int32)  # points at or beyond it are skipped
         if BOUND:
-            # the nearest point of each of BLOCK_N lanes: k lanes have k points, so none beyond the
-            # k-th of them matters. This pass leaves about 1.3 k insertions, whatever the order of
-            # the points; without it k log(N / k) in a random order, and N in the worst
+            # the minimum of each of BLOCK_N lanes: the k smallest minima belong to k points, so no
+            # neighbour lies beyond the k-th. This pass leaves about 1.3 k insertions whatever the
+            # order of the points; without it: k log(N / k) in random order, N in the worst case
             nearest = tl.full([BLOCK_M, BLOCK_N], float("inf"), tl.float32)
             for first in range(0, length, BLOCK_N):
                 n = first + tl.arange(0, BLOCK_N)
@@ -177,8 +188,8 @@ if triton:
             for i in range(1, k):
                 nearest = tl.where(nearest == kth[:, None], float("inf"), nearest)
                 kth = tl.min(nearest, 1)
-            bound = tl.minimum(kth.to(tl.int32, bitcast=True) + 1, INF)  # < bound is <= kth
-        empty = bound[:, None].to(tl.int64) << 32  # + slot, so that all keys differ
+            bound = tl.minimum(kth.to(tl.int32, bitcast=True) + 1, INF)  # < bound means <= kth
+        empty = bound[:, None].to(tl.int64) << 32  # + slot: all keys are unique
         slot = tl.arange(0, BLOCK_K)[None, :].to(tl.int64) + tl.zeros([BLOCK_M, BLOCK_K], tl.int64)
         best = tl.where(slot < k, empty + slot, -1)  # -1: slots beyond k are never the worst
         worst = tl.max(best, 1)  # (BLOCK_M,)
@@ -191,10 +202,10 @@ if triton:
             d = (dx * dx + dy * dy) + dz * dz  # (BLOCK_M, BLOCK_N)
             d = tl.where((n < length)[None, :], d, float("inf"))
             # most tiles end at this fp32 comparison. < is enough: points come in the order of their
-            # index, so one at an equal distance never displaces another
+            # index and never displace an equal distance
             while tl.max((d < _distance(worst)[:, None]).to(tl.int32)) > 0:
                 key = _pack(d, n[None, :])
-                new = tl.min(key, 1)  # each query's nearest of the tile, lowest index among equals
+                new = tl.min(key, 1)  # each query's nearest in the tile; ties: lowest index
                 take = _distance(new) < _distance(worst)
                 best = tl.where(take[:, None] & (best == worst[:, None]), new[:, None], best)
                 worst = tl.max(best, 1)
@@ -209,11 +220,11 @@ if triton:
 
 
 def blocks(N, k):
-    """Block sizes for clouds of N points. One warp each: nobody waits. Not timed yet."""
-    BLOCK_K = 32 if k <= 32 else 64  # 16 would spill registers under triton 3.6
-    if N <= 2048:  # a wide tile finds nearly all neighbours in its first k steps
+    """Block sizes for clouds of N points. One warp per program: no barriers. Not tuned yet."""
+    BLOCK_K = 32 if k <= 32 else 64  # 16 spills registers under triton 3.6
+    if N <= 2048:  # a wide tile: the first one yields nearly all neighbours in k steps
         return dict(BLOCK_M=1, BLOCK_N=1024, BLOCK_K=BLOCK_K, BOUND=False, num_warps=1)
-    if k <= 16:  # a tall tile: eight queries share each point that is read
+    if k <= 16:  # a tall tile: eight queries share each load of a point
         return dict(BLOCK_M=8, BLOCK_N=128, BLOCK_K=BLOCK_K, BOUND=True, num_warps=1)
     return dict(BLOCK_M=4, BLOCK_N=128, BLOCK_K=BLOCK_K, BOUND=True, num_warps=1)
 
@@ -231,7 +242,7 @@ def knn_triton(query, points, k, lengths, config=None):
 
 
 def use_triton(tensor):
-    """Triton serves CUDA tensors, with TRITON_INTERPRET=1 its interpreter serves the CPU, too."""
+    """Triton runs on CUDA tensors; with TRITON_INTERPRET=1 its interpreter runs on the CPU, too."""
     return triton is not None and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -239,7 +250,7 @@ def use_triton(tensor):
 def _operator(query: torch.Tensor, points: torch.Tensor, k: int, lengths: torch.Tensor,
               check: bool) -> tuple[torch.Tensor, torch.Tensor]:
     (B, M, _), N = query.shape, points.shape[1]
-    if check and B:  # in here, so that torch.compile keeps the checks
+    if check and B:  # inside the operator, so that torch.compile keeps the checks
         for what, xyz in (("query", query), ("points", points)):
             bad = xyz.numel() // 3 - int((xyz.abs() <= 1e18).all(-1).sum())  # NaN fails, too
             if bad:
@@ -250,14 +261,16 @@ def _operator(query: torch.Tensor, points: torch.Tensor, k: int, lengths: torch.
             raise ValueError(f"knn: lengths go from {low} to {high}, must lie in k = {k} .. N = "
                              f"{N}; pass a smaller k or larger clouds")
     if B * M == 0:
-        none = torch.empty(B, M, k, device=query.device)
-        return none, none.long()
+        empty = torch.empty(B, M, k, device=query.device)
+        return empty, empty.long()
     if use_triton(query):
         return knn_triton(query, points, k, lengths)
-    if query.device.type == "cpu" and N <= FEW and numba:
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and N <= FEW and numba:
         return knn_lists(query, points, k, lengths)
-    tree = cKDTree is not None and query.device.type == "cpu" and N > FEW
-    return (knn_tree if tree else knn_torch)(query, points, k, lengths)
+    if on_cpu and N > FEW and cKDTree:
+        return knn_tree(query, points, k, lengths)
+    return knn_torch(query, points, k, lengths)
 
 
 @_operator.register_fake
@@ -282,10 +295,10 @@ def knn(query, points, k, lengths=None, check=None):
 
     k         1 .. 64, and at most the points of each cloud
     lengths   (B,) integers: only the first lengths[b] points of cloud b exist
-    check     refuse NaN, Inf, and lengths out of range. Always done on the CPU; on CUDA only with
-              check=True, since reading the answer stops the stream. Unchecked, missing neighbours
-              have index -1 and dist2 inf, and so have those at a distance of NaN or Inf
-    dist2 carries no gradient: compute it again from the gathered points where one is needed.
+    check     raise on NaN, Inf, and lengths out of range. Always done on the CPU; on CUDA only with
+              check=True, since it synchronises host and device. Unchecked, missing neighbours and
+              those at a distance of NaN or Inf have index -1 and dist2 inf
+    dist2 carries no gradient: recompute it from the gathered points where one is needed.
     """
     check_clouds("knn", query, points)
     B, N, _ = points.shape
@@ -293,7 +306,7 @@ def knn(query, points, k, lengths=None, check=None):
         raise ValueError(f"knn: k = {k} neighbours from clouds of {N} points; "
                          f"pass k <= {N} or larger clouds")
     if not 1 <= k <= MAX_K:
-        raise ValueError(f"knn: k = {k}; pass k in 1 .. {MAX_K}, the kernel keeps no longer lists")
+        raise ValueError(f"knn: k = {k}; pass k in 1 .. {MAX_K}, the limit of the kernel")
     if lengths is None:
         lengths = torch.full((B,), N, dtype=torch.int64, device=query.device)
     if lengths.shape != (B,) or lengths.is_floating_point() or lengths.device != query.device:
@@ -304,7 +317,7 @@ def knn(query, points, k, lengths=None, check=None):
                      lengths.contiguous(), check)
 
 
-def _brute_force(query, points, k):  # float64, the whole table, a stable sort
+def _brute_force(query, points, k):  # float64, all distances, a stable sort
     table = (query[:, :, None].double() - points[:, None].double()).square().sum(-1)
     dist2, index = table.sort(dim=-1, stable=True)
     return dist2[..., :k].float(), index[..., :k]
@@ -319,26 +332,31 @@ def main():
         sm = "sm_%d%d" % torch.cuda.get_device_capability()
         machine = f"{torch.cuda.get_device_name()} ({sm})"
     for B, M, N, k in shapes:
-        points, query = torch.rand(B, N, 3, device=device), torch.rand(B, M, 3, device=device)
-        twin, seconds = "torch" if use_triton(query) else "brute force", []
-        if twin == "brute force":  # a lattice: ties, and distances that fp32 holds exactly
-            points, query = (points * 64).round() / 64, (query * 64).round() / 64
-        for _ in range(4):  # the first one compiles
+        points = torch.rand(B, N, 3, device=device)
+        query = torch.rand(B, M, 3, device=device)
+        reference = "torch" if use_triton(query) else "brute force"
+        if reference == "brute force":  # a lattice: ties, and distances exact in fp32
+            points = (points * 64).round() / 64
+            query = (query * 64).round() / 64
+        seconds = []
+        for _ in range(4):  # the first call compiles
             begin = time.perf_counter()
             dist2, index = knn(query, points, k)
             if query.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
         full = torch.full((B,), N, device=device)
-        d, i = (knn_torch(query, points, k, full) if twin == "torch" else
-                _brute_force(query, points, k))
-        wrong = ((index != i) | (dist2 != d)).nonzero().tolist()
+        if reference == "torch":
+            d, n = knn_torch(query, points, k, full)
+        else:
+            d, n = _brute_force(query, points, k)
+        wrong = ((index != n) | (dist2 != d)).nonzero().tolist()
         if wrong:
-            at = tuple(wrong[0])
+            i = tuple(wrong[0])
             sys.exit(f"DIFFERS on {machine}: {k} of {B} x {N} for {M} queries, {len(wrong)} of "
-                     f"{B * M * k}, first at {at}: point {int(index[at])} at {float(dist2[at])}, "
-                     f"but {twin} says {int(i[at])} at {float(d[at])}")
-    print(f"ok: knn agrees with {twin} on {machine}, torch {torch.__version__}, triton "
+                     f"{B * M * k}, first at {i}: index {int(index[i])}, dist2 {float(dist2[i])}, "
+                     f"{reference}: {int(n[i])}, {float(d[i])}")
+    print(f"ok: knn agrees with {reference} on {machine}, torch {torch.__version__}, triton "
           f"{triton.__version__ if triton else 'absent'}: {k} of {B} x {N} points for {M} queries "
           f"in {min(seconds) * 1e3:.1f} ms, {12 * B * (M + N + M * k) / 1e6:.1f} MB moved")
 

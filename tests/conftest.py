@@ -20,7 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 @pytest.fixture
 def poison_empty(monkeypatch):
-    """torch.empty and its kin hand out NaN or an impossible index: what nobody wrote shows."""
+    """torch.empty and its variants return NaN or an impossible index: unwritten values show."""
     def poisoned(make):
         def empty(*args, **kwargs):
             made = make(*args, **kwargs)
@@ -53,7 +53,7 @@ def triton_device(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
-    """A --clip name for a transformer of width 64 with 6 blocks and random weights: quick to train."""
+    """A --clip name for a transformer with width 64, 6 blocks, random weights: fast to train."""
     import timm
     from safetensors.torch import save_file
     path = tmp_path_factory.mktemp("clip") / "test_vit.safetensors"

@@ -1,35 +1,55 @@
 """bench.py: every case runs small, its answers agree, the table is made of what was measured."""
+import importlib
 import json
+import time
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import record_function
 
 import bench
 import common
+import kernels
+import run
 import train_cls
 import train_det
 import train_fewshot
 import train_seg
-from common import InputError
+from run import InputError
 
 TASKS = ["cls", "fewshot", "det", "seg"]
+PARTS = {"FPS", "KNN", "data", "tokenizer", "frozen forward", "backward", "head", "optimiser"}
+MORE_PARTS = {"det": {"matching"}, "seg": {"interpolation"}}
+FILES = [importlib.import_module(f"kernels.{name}") for name in ("fps", "knn", "interpolate")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """So little work is not worth two, which wait for each other where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small(monkeypatch, folder):
     """Shapes that are over in no time, a small transformer, results in `folder`."""
     load = common.load_clip
-    monkeypatch.setattr(common, "load_clip", lambda name, *a, **k: load("timm:test_vit=random", *a, **k))
+    monkeypatch.setattr(common, "load_clip",
+                        lambda name, *a, **k: load("timm:test_vit=random", *a, **k))
     monkeypatch.setattr(bench, "OUT", folder / "bench.jsonl")
     monkeypatch.setattr(bench, "FPS", [(2, 200, 9)])
     monkeypatch.setattr(bench, "KNN", [(2, 30, 200, 5), (1, 900, 900, 4), (1, 3000, 50, 3)])
     monkeypatch.setattr(bench, "INTERPOLATE", [(2, 300, 20, 8, torch.float32)])
     monkeypatch.setattr(bench, "GROUP", [(2, 90, 10, 4, 3)])
-    monkeypatch.setattr(train_fewshot, "RECIPES", dict(train_fewshot.RECIPES))
-    for script, data, recipe in ((train_fewshot, "modelnet40", dict(points=64, groups=8, neighbours=8, batch_size=4)),
-                                 (train_cls, "modelnet40", dict(points=64, groups=8, neighbours=8, stored=96, batch_size=4)),
-                                 (train_det, "scannet", dict(points=300, tokens=64, queries=64, layers=2, batch_size=2)),
-                                 (train_seg, "s3dis", dict(points=128, tokens=32, neighbours=8, batch_size=2))):
+    patches = dict(points=64, groups=8, neighbours=8, batch_size=4)
+    for script, data, recipe in (
+            (train_fewshot, "modelnet40", patches),
+            (train_cls, "modelnet40", dict(patches, stored=96)),
+            (train_det, "scannet",
+             dict(points=300, tokens=64, queries=64, layers=2, batch_size=2)),
+            (train_seg, "s3dis", dict(points=128, tokens=32, neighbours=8, batch_size=2))):
         monkeypatch.setitem(script.RECIPES, data, script.RECIPES[data]._replace(**recipe))
 
 
@@ -39,35 +59,123 @@ def quick(monkeypatch, tmp_path):
     return tmp_path / "bench.jsonl"
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def test_kernels_are_timed_beside_their_peers_and_agree(quick, capsys):
     bench.main(["kernels", "--device", "cpu"])
-    lines = [json.loads(line) for line in quick.read_text().splitlines()]
-    floors, kernels = lines[0], lines[1:]
-    assert floors["kind"] == "floors" and all(floors[name] > 0 for name in ("bytes", "pairs", "step", "flop"))
+    floors, *timed = lines(quick)
+    assert floors["kind"] == "floors"
+    assert all(floors[name] > 0 for name in ("bytes", "pairs", "step", "flop"))
     who = {}
-    for line in kernels:
+    for line in timed:
         who.setdefault(line["workload"], {})[line["contender"]] = line
         assert line["ms"] > 0 and line["torch"] == torch.__version__
-        assert (line["floor_ms"] is None) == line["workload"].startswith(("FPS", "KNN"))     # trees have none
+        trees = line["workload"].startswith(("FPS", "KNN"))     # they have no floor on a CPU
+        assert (line["floor_ms"] is None) == trees
     assert len(who) == 6 and all("ours" in contenders for contenders in who.values())
-    assert who["KNN 1 x (900 of 900), k = 4"]["cKDTree"]["same"] > .99            # its ties may differ
+    assert who["KNN 1 x (900 of 900), k = 4"]["cKDTree"]["same"] > .99      # its ties may differ
     assert all(c["torch"]["same"] == 1 for name, c in who.items() if "torch" in c)
     bench.main(["table"])
     printed = capsys.readouterr().out
     assert "| FPS 2 x 200 -> 9 |" in printed and printed.count("| interpolation") == 1
+    assert printed.count("| grouping") == 1
+
+
+def test_a_peer_whose_answer_cannot_be_had_is_left_out_and_named(quick, capsys):
+    def fail():
+        raise AttributeError("its API has changed")
+
+    cpu = torch.device("cpu")
+    facts, can = bench.machine(cpu), {"bytes": 1e9, "pairs": 1e9, "step": 1e-6, "flop": 1e9}
+    calls = {"ours": lambda: torch.ones(3), "peer": fail, "torch": lambda: torch.ones(3)}
+    bench.measure("FPS", (calls, {"bytes": 8}, bench.same_indices), cpu, True, can, facts)
+    assert "FPS: peer left out, AttributeError: its API has changed" in capsys.readouterr().out
+    assert [line["contender"] for line in lines(quick)] == ["ours", "torch"]
+    calls = {"ours": lambda: torch.ones(3), "torch": fail}
+    with pytest.raises(AttributeError):
+        bench.measure("FPS", (calls, {"bytes": 8}, bench.same_indices), cpu, True, can, facts)
+
+
+def contents(script):
+    """Every name of the modules that a step runs through, and what stands behind it."""
+    owners = [script, common, run, kernels, *FILES, torch.nn.Module, torch.Tensor, torch.optim]
+    owners += [x for x in vars(common).values() if isinstance(x, type)]
+    owners += [x for x in vars(script).values() if isinstance(x, type)]
+    return {(str(owner), name): x for owner in owners for name, x in dict(vars(owner)).items()}
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_real_training_step_is_timed_by_its_parts(quick, task, capsys):
-    backward = torch.Tensor.backward
+def test_a_real_training_step_is_timed_by_its_parts(quick, task, capsys, monkeypatch):
+    """And nothing that the script runs is patched to this end, neither after a step nor in it."""
+    script = importlib.import_module(f"train_{task}")
+    before, training, steps = contents(script), bench.training, []
+
+    def patched():
+        now = contents(script)
+        assert now.keys() == before.keys()
+        return [name for name, x in now.items() if x is not before[name]]
+
+    def watched(*args):
+        step, *rest = training(*args)
+
+        def watched_step():
+            assert patched() == []
+            assert not any("forward" in vars(module) for module in rest[0].modules())
+            step()
+            steps.append(task)
+        return watched_step, *rest
+
+    monkeypatch.setattr(bench, "training", watched)
     bench.main(["train", "--task", task, "--repeat", "1", "--device", "cpu"])
-    line = json.loads(quick.read_text())
-    assert line["data"] == "random" and torch.Tensor.backward is backward
+    assert patched() == [] and len(steps) >= 3          # shapes, time, parts
+    line, = lines(quick)
+    assert line["data"] == "random" and line["batch"] in (2, 4)
     assert sum(line["parts"].values()) == pytest.approx(1)
-    assert {"FPS", "KNN", "data", "tokenizer", "frozen forward", "backward", "head", "optimiser"} <= set(line["parts"])
+    assert PARTS | MORE_PARTS.get(task, set()) <= set(line["parts"]) <= set(bench.LABELS.values())
+    assert all(share > 0 for share in line["parts"].values())
     assert line["samples_per_second"] == pytest.approx(1e3 * line["batch"] / line["ms"])
     bench.main(["table"])
     assert f"| {task}, " in capsys.readouterr().out
+
+
+def test_seconds_go_to_the_innermost_part_and_add_up_to_the_step():
+    """Sleeps in place of work, as the parts of a step lie in one another."""
+    def step():
+        with record_function("data"):
+            time.sleep(.02)
+        with record_function("model"):
+            time.sleep(.04)
+            with record_function("tokenizer"):
+                time.sleep(.03)
+                with record_function("another name"):           # of no part: its time is outside
+                    with record_function("nanoepcl::knn"):
+                        time.sleep(.05)
+                    time.sleep(.03)
+            for _ in range(2):
+                with record_function("frozen forward"):
+                    time.sleep(.02)
+        with record_function("autograd::engine::evaluate_function: MulBackward0"):
+            time.sleep(.07)
+            with record_function("nanoepcl::interpolate_backward"):
+                time.sleep(.02)
+        time.sleep(.03)
+
+    took = []
+
+    def timed_step():
+        begin = time.perf_counter()
+        step()
+        took.append(time.perf_counter() - begin)
+
+    seconds = bench.parts_of(timed_step, torch.device("cpu"))
+    expected = {"data": .02, "head": .04, "tokenizer": .06, "KNN": .05, "frozen forward": .04,
+                "backward": .07, "interpolation": .02, "the rest": .03}
+    assert seconds.keys() == expected.keys()
+    for name, least in expected.items():                # a busy machine sleeps longer, never less
+        assert seconds[name] > least - .001, name
+    assert sum(seconds.values()) == pytest.approx(took[0], abs=.02)
 
 
 def test_what_cannot_be_done_is_one_line(quick):
@@ -79,7 +187,7 @@ def test_what_cannot_be_done_is_one_line(quick):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_reads_nothing_back_from_the_device(quick, monkeypatch, task):
-    """Tensors without values: whoever asks for one, or for how many there are, gets an exception."""
+    """Tensors without values: whoever asks for one, or for how many there are, fails."""
     fake = FakeTensorMode()
     clip = common.load_clip("any")
     for module in clip.modules():
@@ -87,10 +195,11 @@ def test_a_step_reads_nothing_back_from_the_device(quick, monkeypatch, task):
             module._buffers[name] = None if buffer is None else fake.from_tensor(buffer)
     monkeypatch.setattr(common, "load_clip", lambda *a, **k: clip)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a: self)
-    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)          # AdamW reads its step count, which is on the CPU
+    # AdamW reads its step count, which is on the CPU
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
     seen = []
 
-    def match(out, batch):                                              # the one that must wait
+    def match(out, batch):                              # the one that must wait
         seen.append(task)
         return torch.zeros(*out.logits.shape[:2], batch.real.shape[1], dtype=torch.int64)
 
@@ -106,13 +215,14 @@ def test_a_step_reads_nothing_back_from_the_device(quick, monkeypatch, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_never_waits_for_the_gpu(quick, monkeypatch, task):
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA card: torch.cuda.set_sync_debug_mode has nothing to watch without one")
+        pytest.skip("needs a CUDA card: torch.cuda.set_sync_debug_mode has nothing to watch "
+                    "without one")
     step, model = bench.training(task, "cuda", None, "any", "auto")[:2]
     model.train()
-    step()                                                              # compiles kernels, which waits
+    step()                                              # compiles kernels, which waits
     match = train_det.match
 
-    def allowed(*args):                                                 # Hungarian matching is the host's work
+    def allowed(*args):                                 # Hungarian matching is the host's work
         torch.cuda.set_sync_debug_mode("default")
         chosen = match(*args)
         torch.cuda.set_sync_debug_mode("error")
@@ -134,4 +244,5 @@ def test_the_model_is_one_graph_for_torch_compile(quick, task):
     hook = model.register_forward_pre_hook(lambda _, args: seen.append(args))
     step()
     hook.remove()
-    torch.compile(model, backend="eager", fullgraph=True)(*seen[0])     # a graph break is an exception
+    # a graph break is an exception
+    torch.compile(model, backend="eager", fullgraph=True)(*seen[0])

@@ -1,9 +1,8 @@
 """Sampling, nearest neighbours and interpolation: Triton against torch, both against NumPy.
 
-Triton and torch must agree to the last bit, whatever the cloud. NumPy works in float64: where it
-decides between distances that differ by less than fp32 rounding, the distances are compared and not
-the indices; on lattices every distance is exact in fp32 as well, so there the indices must be the
-same, ties included.
+Triton and torch must agree bit for bit on any cloud. NumPy works in float64, which can order
+distances that differ by less than fp32 rounding: so the distances are compared and not the indices.
+On lattices distances are exact in fp32, and the indices must be the same, ties included.
 """
 import importlib
 import inspect
@@ -22,14 +21,14 @@ from kernels import farthest_point_sample, interpolate, knn
 fps_file, knn_file, interpolate_file = (importlib.import_module(f"kernels.{name}")
                                         for name in ("fps", "knn", "interpolate"))
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [pytest.mark.usefixtures("poison_empty"),  # and the interpreter of triton 3.6:
+pytestmark = [pytest.mark.usefixtures("poison_empty"),  # the warning: triton 3.6's interpreter
               pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
 
 
 def make_cloud(kind, B, N, seed=0):
     g = torch.Generator().manual_seed(seed)
     xyz = torch.rand(B, N, 3, generator=g)
-    if kind == "clustered":  # clusters 100,000 times smaller than their distance
+    if kind == "clustered":  # clusters 1e5 times smaller than their distance
         xyz = xyz * 1e-5 + torch.randint(0, 4, (B, N, 1), generator=g)
     elif kind == "duplicated":
         xyz = xyz[:, torch.randint(0, max(1, N // 4), (N,), generator=g)]
@@ -54,16 +53,16 @@ def table64(query, points):  # float64 squared distances, by NumPy
 
 
 def assert_farthest(xyz, index, start, exact):
-    """No point is farther, in float64, from the earlier ones than each choice; exact: ties, too."""
+    """Each sample is the farthest, in float64, from those before it; exact: tie-breaking, too."""
     assert index[:, 0].tolist() == list(start)
     for table, chosen in zip(table64(xyz, xyz), index.cpu().numpy()):
         nearest = np.full(len(table), np.inf)
-        for before, now in zip(chosen[:-1], chosen[1:]):
-            nearest = np.minimum(nearest, table[before])
+        for previous, sample in zip(chosen[:-1], chosen[1:]):
+            nearest = np.minimum(nearest, table[previous])
             if exact:
-                assert now == nearest.argmax()  # NumPy's argmax is the first maximum
+                assert sample == nearest.argmax()  # NumPy's argmax is the first maximum
             else:  # 1e-6: a few roundings of fp32
-                assert nearest[now] >= nearest.max() * (1 - 1e-6)
+                assert nearest[sample] >= nearest.max() * (1 - 1e-6)
 
 
 def assert_nearest(query, points, dist2, index, exact):
@@ -79,14 +78,14 @@ def assert_nearest(query, points, dist2, index, exact):
         np.testing.assert_array_equal(index.cpu().numpy(), order)
 
 
-def fps_twin(xyz, m, start=0, lengths=None):  # the torch path, called directly
+def fps_reference(xyz, m, start=0, lengths=None):  # the torch path, called directly
     B, N, _ = xyz.shape
     start = start if torch.is_tensor(start) else torch.full((B,), start)
     lengths = torch.full((B,), N) if lengths is None else lengths
     return fps_file.fps_torch(xyz.float(), m, start, lengths)
 
 
-def knn_twin(query, points, k, lengths=None):
+def knn_reference(query, points, k, lengths=None):
     B, N, _ = points.shape
     return knn_file.knn_torch(query.float(), points.float(), k,
                               torch.full((B,), N) if lengths is None else lengths)
@@ -100,7 +99,7 @@ def test_fps_in_triton_equals_torch_and_brute_force(triton_device, kind, B, N, m
     xyz = make_cloud(kind, B, N)
     index = farthest_point_sample(xyz.to(triton_device), m)
     assert index.dtype == torch.int64 and index.shape == (B, m)
-    assert torch.equal(index.cpu(), fps_twin(xyz, m))
+    assert torch.equal(index.cpu(), fps_reference(xyz, m))
     assert_farthest(xyz, index, [0] * B, exact=kind in ("lattice", "identical"))
 
 
@@ -111,7 +110,7 @@ def test_streaming_fps_equals_torch(triton_device, monkeypatch, kind):
     moved = [t.to(triton_device) for t in (xyz, start, lengths)]
     monkeypatch.setattr(fps_file, "seats", lambda xyz: 0)
     index = fps_file.fps_triton(moved[0], 40, *moved[1:], in_registers=(), streamed=(64, 4))
-    assert torch.equal(index.cpu(), fps_twin(xyz, 40, start, lengths))
+    assert torch.equal(index.cpu(), fps_reference(xyz, 40, start, lengths))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,10 +120,11 @@ def test_fps_in_rounds_equals_torch(triton_device, kind, N, m, best):
     start = torch.tensor([0, N // 2, N - 1])
     lengths = torch.tensor([N, max(m, N // 2 + 1), max(m, N - 3)])
     moved = [t.to(triton_device) for t in (xyz, start.minimum(lengths - 1), lengths)]
-    share = fps_file.shares(N) if triton_device.type == "cuda" else dict(
-        PROGRAMS=1, BLOCK=512, BEST=best)  # the interpreter cannot run two at a time
+    share = dict(PROGRAMS=1, BLOCK=512, BEST=best)  # the interpreter cannot run two at a time
+    if triton_device.type == "cuda":
+        share = fps_file.shares(N)
     index = fps_file.fps_triton(moved[0], m, *moved[1:], in_registers=(), share=share)
-    assert torch.equal(index.cpu(), fps_twin(xyz, m, start.minimum(lengths - 1), lengths))
+    assert torch.equal(index.cpu(), fps_reference(xyz, m, start.minimum(lengths - 1), lengths))
 
 
 TOGETHER = """
@@ -141,7 +141,7 @@ mail = torch.zeros(2, 2, PROGRAMS, 4, dtype=torch.int64).share_memory_()
 index = torch.full((2, m), -1).share_memory_()
 
 def program(rank):
-    signal.alarm(120)                                       # whoever waits in vain ends
+    signal.alarm(120)  # ends a program that waits forever
     size, place = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
     interpreter_builder.set_grid_dim = lambda x, y, z: size(PROGRAMS, y, z)
     interpreter_builder.set_grid_idx = lambda x, y, z: place(rank, y, z)
@@ -164,11 +164,11 @@ if __name__ == "__main__":
 
 
 def test_fps_programs_that_wait_for_each_other_equal_torch(tmp_path, triton_device):
-    # each program of the grid is interpreted in a process of its own, all at the same time
+    # one interpreter process for each program of the grid, all at the same time
     if triton_device.type == "cuda":
-        pytest.skip("on a CUDA card test_fps_in_rounds_equals_torch runs 16 programs for each cloud")
+        pytest.skip("on a CUDA card test_fps_in_rounds_equals_torch runs 16 programs per cloud")
     script = tmp_path / "together.py"
-    script.write_text(TOGETHER)
+    script.write_text(TOGETHER, encoding="utf-8")
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300,
                          env=dict(os.environ, PYTHONPATH=str(ROOT), TRITON_INTERPRET="1"))
     assert run.returncode == 0, run.stderr[-2000:]
@@ -183,7 +183,7 @@ def test_fps_chooses_the_points_computed_by_hand(triton_device):
 
 def test_fps_ties_go_to_the_lowest_index(triton_device):
     xyz = torch.zeros(1, 200, 3)
-    xyz[0, [17, 60, 190], 0] = 1.0  # three farthest points at one place
+    xyz[0, [17, 60, 190], 0] = 1.0  # three farthest points coincide
     xyz[0, [30, 31], 0] = -1.0  # equally far from the start, but later than 17
     index = farthest_point_sample(xyz.to(triton_device), 4)
     assert index.tolist() == [[0, 17, 30, 0]]  # only duplicates are left
@@ -199,10 +199,10 @@ def test_fps_starts_where_it_is_told_and_stays_within_lengths(triton_device):
     start, lengths = torch.tensor([3, 0, 19]), torch.tensor([50, 12, 20])
     moved = [t.to(triton_device) for t in (xyz, start, lengths)]
     index = farthest_point_sample(moved[0], 12, start=moved[1], lengths=moved[2]).cpu()
-    assert torch.equal(index, fps_twin(xyz, 12, start, lengths))
+    assert torch.equal(index, fps_reference(xyz, 12, start, lengths))
     assert (index < lengths[:, None]).all()
-    for b, n in enumerate(lengths):  # as if the rest of the cloud had never existed
-        assert torch.equal(index[b], fps_twin(xyz[b:b + 1, :n], 12, start[b:b + 1])[0])
+    for b, n in enumerate(lengths):  # the rest of the cloud has no influence
+        assert torch.equal(index[b], fps_reference(xyz[b:b + 1, :n], 12, start[b:b + 1])[0])
     int32 = farthest_point_sample(moved[0], 12, start=moved[1].int(), lengths=moved[2].int())
     assert torch.equal(int32.cpu(), index)
     assert farthest_point_sample(moved[0], 2, start=7)[:, 0].tolist() == [7, 7, 7]
@@ -213,17 +213,19 @@ def test_fps_takes_other_dtypes_and_strides(triton_device, dtype):
     wide = make_cloud("random", 2, 90, seed=3).repeat(1, 1, 2).to(dtype)
     xyz = wide[:, ::3, 1:4]  # neither contiguous nor float32
     index = farthest_point_sample(xyz.to(triton_device), 20)
-    assert torch.equal(index.cpu(), fps_twin(xyz.float().contiguous(), 20))
+    assert torch.equal(index.cpu(), fps_reference(xyz.float().contiguous(), 20))
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "lattice", "identical"])
-@pytest.mark.parametrize("B, N, m", [(40, 9000, 64), (2, 40000, 300), (1, 150000, 50), (1, 10 ** 6, 9)])
+@pytest.mark.parametrize("B, N, m", [(40, 9000, 64),  # more clouds than fit into one launch
+                                     (2, 40000, 300), (1, 150000, 50), (1, 10 ** 6, 9)])
 def test_fps_of_large_clouds_equals_torch_on_a_gpu(kind, B, N, m):
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA card: its programs wait for each other; 40 clouds are more than fit at once")
-    xyz = make_cloud(kind, B, N).cuda()
-    lengths = torch.full((B,), N).cuda() - torch.arange(B).cuda()
-    assert torch.equal(farthest_point_sample(xyz, m, lengths=lengths).cpu(), fps_twin(xyz.cpu(), m, lengths=lengths.cpu()))
+        pytest.skip("needs a CUDA card: programs that share a cloud wait for each other")
+    xyz = make_cloud(kind, B, N)
+    lengths = torch.full((B,), N) - torch.arange(B)
+    index = farthest_point_sample(xyz.cuda(), m, lengths=lengths.cuda())
+    assert torch.equal(index.cpu(), fps_reference(xyz, m, lengths=lengths))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -234,19 +236,19 @@ def test_fps_in_boxes_equals_torch(monkeypatch, kind, B, N, m, few):
     monkeypatch.setattr(fps_file, "FEW", few)  # more samples go through the tree
     xyz = make_cloud(kind, B, N)
     assert torch.equal(fps_file.fps_boxes(xyz, m, torch.zeros(B).long(), torch.full((B,), N)),
-                       fps_twin(xyz, m))
+                       fps_reference(xyz, m))
     start = torch.arange(B) * 7 % N
     lengths = torch.tensor([N, max(m, N // 2 + 1), m])[:B]
     assert torch.equal(farthest_point_sample(xyz, m, start, lengths),
-                       fps_twin(xyz, m, start, lengths))
+                       fps_reference(xyz, m, start, lengths))
 
 
 def test_fps_in_boxes_far_from_the_origin_equals_torch(monkeypatch):
-    # coordinates of 1e5 have a spacing of 1/128: the bound of a box must be right in rounded numbers
+    # coordinates of 1e5 have a spacing of 1/128: the bound of a box must hold after rounding
     pytest.importorskip("numba", reason="needs numba: compares its loop with torch")
     monkeypatch.setattr(fps_file, "FEW", 0)
     xyz = make_cloud("random", 2, 1500) + torch.tensor([1e5, -1e5, 3e4])
-    assert torch.equal(farthest_point_sample(xyz, 400), fps_twin(xyz, 400))
+    assert torch.equal(farthest_point_sample(xyz, 400), fps_reference(xyz, 400))
 
 
 def test_without_numba_fps_chooses_the_same_points(monkeypatch):
@@ -278,8 +280,8 @@ def test_knn_in_triton_equals_torch_and_brute_force(triton_device, kind, B, M, N
     query = make_cloud(kind, B, M, seed=1)
     dist2, index = knn(query.to(triton_device), points.to(triton_device), k)
     assert dist2.dtype == torch.float32 and index.dtype == torch.int64 and index.shape == (B, M, k)
-    twin = knn_twin(query, points, k)
-    assert torch.equal(dist2.cpu(), twin[0]) and torch.equal(index.cpu(), twin[1])
+    expected = knn_reference(query, points, k)
+    assert torch.equal(dist2.cpu(), expected[0]) and torch.equal(index.cpu(), expected[1])
     assert_nearest(query, points, dist2, index, exact=kind in ("lattice", "identical"))
 
 
@@ -292,8 +294,8 @@ def test_knn_tiles_of_a_large_cloud_equal_torch(triton_device, kind, M, N, k):
     assert config["BLOCK_M"] > 1 and config["BLOCK_N"] < N
     moved = [t.to(triton_device) for t in (query, points, lengths)]
     dist2, index = knn_file.knn_triton(moved[0], moved[1], k, moved[2], config)
-    twin = knn_twin(query, points, k, lengths)
-    assert torch.equal(dist2.cpu(), twin[0]) and torch.equal(index.cpu(), twin[1])
+    expected = knn_reference(query, points, k, lengths)
+    assert torch.equal(dist2.cpu(), expected[0]) and torch.equal(index.cpu(), expected[1])
 
 
 def test_knn_finds_64_neighbours(triton_device):
@@ -315,7 +317,7 @@ def test_knn_orders_equal_distances_by_index(triton_device):
 def test_knn_in_torch_finds_ties_at_the_border_of_the_k_nearest(k):
     points = torch.zeros(1, 300, 3)
     points[0, :, 0] = torch.randperm(300, generator=torch.Generator().manual_seed(0)) // 2 + 1.0
-    points[0, :k - 1, 0] = torch.linspace(0.1, 0.9, k)[:-1]  # k - 1 clear ones, then equals at 1
+    points[0, :k - 1, 0] = torch.linspace(0.1, 0.9, k)[:-1]  # k - 1 nearer ones, then ties at 1
     points[0, 100:, 0] = points[0, 100:, 0].clamp(max=1)
     dist2, index = knn(torch.zeros(1, 1, 3), points, k)
     assert_nearest(torch.zeros(1, 1, 3), points, dist2, index, exact=False)
@@ -335,7 +337,7 @@ def test_knn_sees_only_the_first_lengths_points(triton_device):
     moved = [t.to(triton_device) for t in (query, points, lengths)]
     dist2, index = knn(moved[0], moved[1], 5, lengths=moved[2])
     for b, n in enumerate(lengths):
-        alone = knn_twin(query[b:b + 1], points[b:b + 1, :n], 5)
+        alone = knn_reference(query[b:b + 1], points[b:b + 1, :n], 5)
         assert torch.equal(dist2[b].cpu(), alone[0][0]) and torch.equal(index[b].cpu(), alone[1][0])
 
 
@@ -365,8 +367,8 @@ def test_knn_takes_other_dtypes_and_strides(triton_device, dtype):
     points = make_cloud("random", 2, 90, seed=3).repeat(1, 1, 2).to(dtype)[:, ::3, 1:4]
     query = points[:, ::7].flip(1)
     dist2, index = knn(query.to(triton_device), points.to(triton_device), 4)
-    twin = knn_twin(query.float().contiguous(), points.float().contiguous(), 4)
-    assert torch.equal(dist2.cpu(), twin[0]) and torch.equal(index.cpu(), twin[1])
+    expected = knn_reference(query.float().contiguous(), points.float().contiguous(), 4)
+    assert torch.equal(dist2.cpu(), expected[0]) and torch.equal(index.cpu(), expected[1])
     assert torch.equal(query.cpu(), points.cpu()[torch.arange(2)[:, None], index[..., 0].cpu()])
 
 
@@ -381,43 +383,51 @@ def test_knn_of_no_queries_is_empty(triton_device):
 @pytest.mark.parametrize("B, M, N, k", [(40, 64, 300, 8), (2, 700, 2000, 20), (1, 3, 524293, 4)])
 def test_knn_in_torch_is_the_same_in_one_piece_or_many(kind, B, M, N, k):
     points, query = make_cloud(kind, B, N), make_cloud(kind, B, M, seed=1)
-    dist2, index = knn_twin(query, points, k)  # 2 clouds, 262 queries and 1 query at a time
+    dist2, index = knn_reference(query, points, k)  # 2 clouds, 262 queries and 1 query at a time
     for b, m in ((0, 0), (B - 1, M - 1), (B // 2, M // 2)):
         assert_nearest(query[b:b + 1, m:m + 1], points[b:b + 1], dist2[b:b + 1, m:m + 1],
                        index[b:b + 1, m:m + 1], exact=kind == "lattice")
 
 
-@pytest.mark.parametrize("kind", ["random", "lattice", "same", "twice", "tiny", "far away", "lengths"])
-@pytest.mark.parametrize("B, M, N, k", [(2, 40, 700, 16), (1, 9, 12, 8), (3, 1, 30, 30), (1, 700, 700, 64)])
+TREE_KINDS = ["random", "lattice", "same", "twice", "tiny", "far away", "lengths"]
+
+
+@pytest.mark.parametrize("kind", TREE_KINDS)
+@pytest.mark.parametrize("B, M, N, k", [(2, 40, 700, 16), (1, 9, 12, 8), (3, 1, 30, 30),
+                                        (1, 700, 700, 64)])
 def test_candidates_of_a_tree_give_the_bits_of_the_whole_table(kind, B, M, N, k):
     pytest.importorskip("scipy")
     g = torch.Generator().manual_seed(0)
-    points, query, lengths = torch.rand(B, N, 3, generator=g), torch.rand(B, M, 3, generator=g), torch.full((B,), N)
-    if kind == "lattice":                   # many ties, at the border of the k nearest, too
+    points, query = torch.rand(B, N, 3, generator=g), torch.rand(B, M, 3, generator=g)
+    lengths = torch.full((B,), N)
+    if kind == "lattice":  # many ties, also at the k-th distance
         points, query = (points * 8).round(), (query * 8).round()
     elif kind == "same":
         points = points[:, :1].expand(B, N, 3).contiguous()
     elif kind == "twice":
         points, query = points[:, torch.arange(N) // 2], points[:, torch.arange(M) % N]
-    elif kind == "tiny":                    # squares underflow in fp32, not in the tree
+    elif kind == "tiny":  # squares underflow in fp32, not in the tree
         points, query = points * 1e-20, query * 1e-20
-    elif kind == "far away":                # fp32 coordinates are coarse there
+    elif kind == "far away":  # fp32 coordinates are coarse there
         points, query = points + 1e5, query + 1e5
     elif kind == "lengths":
         lengths = torch.randint(k, N + 1, (B,), generator=g)
-    for tree, whole in zip(knn_file.knn_tree(query, points, k, lengths), knn_file.knn_torch(query, points, k, lengths)):
-        assert torch.equal(tree, whole)
+    dist2, index = knn_file.knn_tree(query, points, k, lengths)
+    expected = knn_file.knn_torch(query, points, k, lengths)
+    assert torch.equal(dist2, expected[0]) and torch.equal(index, expected[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("B, M, N, k", [(1, 1, 1, 1), (2, 40, 300, 16), (3, 5, 64, 64), (5, 2, 33, 1)])
+@pytest.mark.parametrize("B, M, N, k", [(1, 1, 1, 1), (2, 40, 300, 16), (3, 5, 64, 64),
+                                        (5, 2, 33, 1)])
 def test_lists_of_numba_equal_torch(kind, B, M, N, k):
     pytest.importorskip("numba", reason="needs numba: compares its loop with torch")
     points, query = make_cloud(kind, B, N), make_cloud(kind, B, M, seed=1)
     lengths = torch.tensor([N, k, max(k, N // 2), N, k])[:B]
-    for dist2, index in (knn(query, points, k, lengths), knn_file.knn_lists(query, points, k, lengths)):
-        twin = knn_twin(query, points, k, lengths)
-        assert torch.equal(dist2, twin[0]) and torch.equal(index, twin[1])
+    expected = knn_reference(query, points, k, lengths)
+    for function in (knn, knn_file.knn_lists):
+        dist2, index = function(query, points, k, lengths)
+        assert torch.equal(dist2, expected[0]) and torch.equal(index, expected[1])
 
 
 def test_without_scipy_the_answers_are_the_same(monkeypatch):
@@ -445,7 +455,7 @@ def test_knn_over_80_000_points_stays_within_bounded_memory(without):
         from kernels import knn
         {without}
         points = torch.rand(1, 80_000, 3)
-        knn(points[:, :10], points, 16)  # loads whatever torch loads lazily
+        knn(points[:, :10], points, 16)  # torch loads libraries lazily
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         knn(points[:, :1500], points, 16)  # the table alone would take 480 MB
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -462,7 +472,7 @@ def interpolate_case(B=2, N=17, S=30, C=20, dtype=torch.float32, seed=0):
     return query, points, feats.to(dtype), grad.to(dtype)
 
 
-def brute_interpolate(query, points, feats, k):  # float64, the formula of the docstring
+def brute_interpolate(query, points, feats, k):  # float64, the docstring's formula
     table = table64(query, points)
     order = np.argsort(table, -1, kind="stable")[..., :k]
     weight = 1 / (np.take_along_axis(table, order, -1) + 1e-8)
@@ -628,7 +638,7 @@ def test_interpolation_refuses_bad_input_and_says_what_to_do(change, message):
 
 def test_cuda_checks_values_only_on_request(triton_device):
     if triton_device.type != "cuda":
-        pytest.skip("needs a CUDA card: there the check would stop the stream")
+        pytest.skip("needs a CUDA card: there the check would synchronise host and device")
     for function, good in GOOD.items():
         bad = {k: v.cuda() if torch.is_tensor(v) else v for k, v in good.items()}
         name = "xyz" if "xyz" in bad else "points"
@@ -686,11 +696,11 @@ def test_torch_compile_passes_through_without_a_graph_break():
     gradients = [torch.autograd.grad(f(xyz, feats)[0].sum(), feats)[0]
                  for f in (grouped_features, compiled)]
     assert torch.equal(*gradients)
-    with pytest.raises(ValueError, match="holds 60 points with NaN"):  # checked when compiled, too
+    with pytest.raises(ValueError, match="holds 60 points with NaN"):  # compiled, too
         compiled(xyz * torch.nan, feats)
 
 
-def test_a_gradient_asked_of_the_coordinates_stays_away():
+def test_coordinates_get_no_gradient():
     xyz = torch.rand(1, 9, 3, requires_grad=True)
     assert not knn(xyz, xyz, 2)[0].requires_grad
     feats = torch.rand(1, 9, 4, requires_grad=True)

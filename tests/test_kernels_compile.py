@@ -1,7 +1,7 @@
 """Every kernel configuration a launcher can choose compiles for sm_80 and sm_90, without a GPU.
 
-Triton brings its own ptxas and disassemblers, so a machine without a card still sees a kernel that
-no longer builds, spills registers, or fuses the multiply-add that would change a nearest neighbour.
+Triton ships ptxas and disassemblers, so a machine without a card can detect a kernel that no longer
+builds, spills registers, or fuses a multiply-add, which could change a nearest neighbour.
 
     python tests/test_kernels_compile.py        prints registers, stack and spills of each of them
 """
@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TYPES = dict(xyz="*fp32", query="*fp32", points="*fp32", start="*i64", lengths="*i64", mail="*i64", first="i32",
+TYPES = dict(xyz="*fp32", query="*fp32", points="*fp32", start="*i64", lengths="*i64", mail="*i64",
              nearest="*fp32", dist2="*fp32", index="*i64", source="*i64", weight="*fp32",
-             ends="*i64", N="i32", M="i32", m="i32", k="i32", tiles="i32", T="i32", C="i32")
+             ends="*i64", N="i32", M="i32", m="i32", k="i32", tiles="i32", T="i32", C="i32",
+             first="i32")
 
 
 def configurations():
-    """(name, kernel, argument types, constexpr and options) from the launchers' own tables."""
+    """(name, kernel, argument types, constexpr and options) of all the launchers can choose."""
     fps, knn, interpolate = (importlib.import_module(f"kernels.{name}")
                              for name in ("fps", "knn", "interpolate"))
     sizes = [2 ** i + j for i in range(21) for j in (0, 1)]
@@ -31,8 +32,9 @@ def configurations():
         yield "fps_registers", fps._fps_registers, TYPES, dict(BLOCK=block, num_warps=warps)
     chosen = {str(c): c for N in sizes if N > fps.IN_REGISTERS[-1][0] for c in [fps.shares(N)]}
     for config in chosen.values():
-        if config["PROGRAMS"] <= 128:  # above, no card has the multiprocessors
-            yield "fps_together", fps._fps_together, TYPES, dict(config, launch_cooperative_grid=True)
+        if config["PROGRAMS"] <= 128:  # no card has more multiprocessors
+            config = dict(config, launch_cooperative_grid=True)
+            yield "fps_together", fps._fps_together, TYPES, config
     block, warps = fps.STREAMED
     yield "fps_stream", fps._fps_stream, TYPES, dict(BLOCK=block, num_warps=warps)
     chosen = {str(c): c for N in sizes for k in range(1, knn.MAX_K + 1) for c in [knn.blocks(N, k)]}
@@ -51,10 +53,12 @@ def compile_kernel(kernel, types, config, sm):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     config = dict(config)
-    options = dict(enable_fp_fusion=False, **{name: config.pop(name) for name in (
-        "num_warps", "launch_cooperative_grid") if name in config})
+    options = dict(enable_fp_fusion=False)
+    for name in ("num_warps", "launch_cooperative_grid"):
+        if name in config:
+            options[name] = config.pop(name)
     signature = {name: "constexpr" if name in config else types[name] for name in kernel.arg_names}
-    # torch's memory starts at multiples of 16 bytes, and a launch tells the compiler so
+    # torch aligns memory to 16 bytes; a launch specialises on that
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature)
                if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, constexprs=config, attrs=aligned)
@@ -81,7 +85,7 @@ def main():
             row = dict(kernel=name, config={c: v for c, v in config.items()})
             try:
                 row.update(compile_kernel(kernel, types, config, sm))
-            except Exception as error:  # the other kernels still get their row
+            except Exception as error:  # the other kernels are still reported
                 row.update(sm=sm, error=f"{type(error).__name__}: {error}"[:2000])
             print(json.dumps(row), flush=True)
 
@@ -90,10 +94,10 @@ def main():
 def table(tmp_path_factory):
     triton = pytest.importorskip("triton", reason="needs triton: compiles its kernels")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip(f"triton {triton.__version__} takes other arguments for compiling without a GPU")
+        pytest.skip(f"triton {triton.__version__} compiles without a GPU through another interface")
     environment = dict(os.environ)
-    environment.pop("TRITON_INTERPRET", None)  # or nothing would be compiled
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # nothing from before
+    environment.pop("TRITON_INTERPRET", None)  # it would turn compilation off
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # an empty cache
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True,
                          text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,8 +1,12 @@
-"""README.md keeps its promises: every command in it is collected and run here, made small."""
+"""README.md and docs/ keep their promises: every command in them is run here, made small, and
+every script works in a folder that holds what the table of README says and nothing else."""
 import contextlib
+import json
+import os
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,198 +17,374 @@ import torch
 
 import bench
 import common
-import objects
-import synthetic
+import run as run_module
 import test_bench
-import test_det
-import test_fewshot
-import test_seg
 import train_cls
 import train_det
 import train_fewshot
 import train_seg
-from test_cls import CUBE, FACES, ply, shapes
+from data.files import write_ply
+from test_files import CUBE, FACES, ply, shapes
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-PLAIN = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)      # without what programs printed
-COMMANDS = [line.strip() for line in PLAIN.splitlines() if line.startswith("    ")]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [README, *(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md")))]
+FENCES = re.compile(r"^```.*?^```$", re.M | re.S)       # what programs printed, layouts of folders
+COMMANDS = list(dict.fromkeys(
+    line.strip() for page in PAGES for line in FENCES.sub("", page).splitlines()
+    if line.startswith("    ")))
+one_thread = test_bench.one_thread                      # a fixture
 
 
-def test_readme_begins_with_two_commands_and_has_no_blank_left_to_fill():
-    section = PLAIN.split("\n## ")[1]
+def commands_of(word):
+    return pytest.mark.parametrize("command", [c for c in COMMANDS if word in c])
+
+
+def test_readme_begins_with_two_commands_and_no_page_has_a_blank_left_to_fill():
+    section = FENCES.sub("", README).split("\n## ")[1]
     assert section.startswith("Two commands")
-    assert [line.split(" && ")[1] for line in section.splitlines() if line.startswith("    ")] == [
-        "python train_cls.py", "python -m pytest -q tests"]
-    assert not re.search(r"@\w+@", README)
+    found = [line.split(" && ") for line in section.splitlines() if line.startswith("    ")]
+    assert [words[1] for words in found] == ["python train_cls.py", "python -m pytest -q tests"]
+    assert len(PAGES) >= 5 and not any(re.search(r"@\w+@", page) for page in PAGES)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_cls.py" in c])
-def test_each_training_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
-    """As written, with small clouds for the data set, a small transformer, and two epochs."""
+# --- every command --------------------------------------------------------------------------------
+
+def words_of(command, script, **values):
+    """The arguments of a script's command, with smaller values for the flags it gives."""
     words = shlex.split(command.split(" && ")[-1])
-    words = words[words.index("train_cls.py") + 1:]
+    words = words[words.index(script) + 1:]
+    for flag, value in values.items():
+        flag = "--" + flag.replace("_", "-")
+        if flag in words:
+            words[words.index(flag) + 1] = value
+    return words
 
-    def small(name, *args, **kwargs):
-        splits = []
-        for seed, n in ((1, 4), (2, 2)):
-            clouds = shapes(n, 2048 if name == "scanobjectnn" else 1024, seed)
-            xyz = torch.from_numpy(np.concatenate(list(clouds.values())).astype(np.float32))
-            splits.append(objects.Objects(xyz, torch.arange(3).repeat_interleave(n)))
-        return objects.Splits(*splits, ("ball", "cube", "stick"), f"small clouds instead of {name}")
 
+def run_above(words, main, monkeypatch, *more):
+    """Make the run that a command speaks of, stopped after a step where it is to be resumed."""
+    name = next((w for w in words if w.startswith("runs/")), None)
+    if name is None:
+        return None
+    resumed = "--resume" in words
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Stopper, "now", lambda self, step: resumed)
+        with pytest.raises(SystemExit) if resumed else contextlib.nullcontext():
+            main(["--data", name.split("-")[1], *more])
+    assert Path(name, "last.pt").exists() and Path(name, "results.json").exists() != resumed
+    return name
+
+
+def small_clip(monkeypatch, tiny_clip):
     load = common.load_clip
     monkeypatch.setattr(common, "load_clip", lambda name, *a, **k: load(tiny_clip, *a, **k))
-    monkeypatch.setattr(train_cls, "load_objects", small)
+
+
+def small_recipes(monkeypatch, script, recipe):
+    for name in script.RECIPES:
+        monkeypatch.setitem(script.RECIPES, name, recipe)
+
+
+def small_objects(script, *counts):
+    """Few clouds of three classes, to train and to test, as the script's Objects."""
+    for seed, n in enumerate(counts):
+        xyz = np.concatenate(list(shapes(n, seed=seed).values())).astype(np.float32)
+        yield script.Objects(torch.from_numpy(xyz), torch.arange(3).repeat_interleave(n))
+
+
+@commands_of("train_cls.py")
+def test_each_training_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
+    """As written, with small clouds for the data set, a small transformer, and two epochs."""
+    words = words_of(command, "train_cls.py", epochs="2", points="64", groups="8", neighbours="8",
+                     batch_size="6")
+    small_clip(monkeypatch, tiny_clip)
+    classes = tuple(shapes(1))
+    monkeypatch.setattr(train_cls, "load_data", lambda cfg: (
+        *small_objects(train_cls, 4, 2), classes, f"small clouds instead of {cfg['data']}"))
     for name, recipe in train_cls.RECIPES.items():
         monkeypatch.setitem(train_cls.RECIPES, name, recipe._replace(
-            points=64, groups=8, neighbours=8, stored=1024, epochs=2, batch_size=6))
-    for flag in ("--epochs", "--points", "--groups", "--neighbours", "--batch-size"):
-        if flag in words:
-            words[words.index(flag) + 1] = {"--epochs": "2", "--points": "64"}.get(flag, "8")
+            points=64, groups=8, neighbours=8, stored=128, epochs=2, batch_size=6))
     monkeypatch.chdir(tmp_path)
-    run = next((w for w in words if w.startswith("runs/")), None)
-    if run:                                              # it speaks of a run that a command above it made
-        data = run.split("-")[1]
-        now = common.Stopper.now
-        monkeypatch.setattr(common.Stopper, "now", lambda self, step: "--resume" in words)
-        if "--resume" in words:
-            with pytest.raises(SystemExit):
-                train_cls.main(["--data", data])
-        else:
-            train_cls.main(["--data", data])
-        monkeypatch.setattr(common.Stopper, "now", now)
-    Path("chair.obj").write_text("".join("v {} {} {}\n".format(*v) for v in CUBE) + "".join(
-        "f {} {} {} {}\n".format(*(i + 1 for i in f)) for f in FACES))
-    Path("scan.ply").write_bytes(ply(shapes(1, 128)["ball"][0]))
+    run = run_above(words, train_cls.main, monkeypatch)
+    vertices = "".join("v {} {} {}\n".format(*v) for v in CUBE)
+    faces = "".join("f {} {} {} {}\n".format(*(i + 1 for i in face)) for face in FACES)
+    Path("chair.obj").write_text(vertices + faces, encoding="utf-8")
+    Path("scan.ply").write_bytes(ply(shapes(1)["ball"][0]))
     capsys.readouterr()
     train_cls.main(words)
     printed = capsys.readouterr().out
-    assert "result   accuracy" in printed or printed.count("ball") == 2
-    if not run:
-        assert list(Path("runs").glob("*/results.json"))
+    if "--predict" in words:
+        assert printed.count("ball") == 2 and printed.startswith("chair.obj:")
+    else:
+        assert "result   accuracy" in printed
+        assert ("resumed after" in printed) == ("--resume" in words)
+        assert ("voting   accuracy" in printed) == ("--vote" in words)
+    assert list(Path(run or "runs").glob("**/results.json"))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_fewshot.py" in c])
+def fold():
+    """What Point-BERT published: a 3-way 4-shot episode, with fewer points."""
+    return {part: [(np.concatenate([xyz, 0 * xyz], 1).astype(np.float32), k, np.int64(2 - k))
+                   for k, clouds in enumerate(shapes(n).values()) for xyz in clouds]
+            for part, n in (("train", 4), ("test", 20))}
+
+
+@commands_of("train_fewshot.py")
 def test_each_few_shot_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
-    """As written, with few small clouds for the data set, a small transformer, one epoch, two episodes."""
-    words = shlex.split(command)[2:]
+    """As written, with few small clouds for the data set, a small transformer, one epoch, two
+    episodes."""
+    words = words_of(command, "train_fewshot.py", way="3", shot="4", shots_all="3", points="64",
+                     groups="8", neighbours="8", epochs="1", batch_size="6")
     load = common.load_clip
 
-    def small_clip(name, seed=0, trainable=False):
-        return load("timm:test_vit=random" if name.endswith("random") else tiny_clip, seed + 1, trainable)
+    def clip(name, seed=0, trainable=False):            # random is to differ from tiny_clip
+        name = "timm:test_vit=random" if name.endswith("random") else tiny_clip
+        return load(name, seed + 1, trainable)
 
-    monkeypatch.setattr(common, "load_clip", small_clip)
-    monkeypatch.setattr(train_fewshot, "load_objects", test_fewshot.small_data)
-    monkeypatch.setattr(train_fewshot, "MODELNET40", test_fewshot.CLASSES)
+    monkeypatch.setattr(common, "load_clip", clip)
+    classes = tuple(shapes(1))
+    monkeypatch.setattr(train_fewshot, "load_data", lambda cfg: train_fewshot.Data(
+        *small_objects(train_fewshot, 5, 21), classes, f"small clouds instead of {cfg['data']}"))
+    monkeypatch.setattr(train_fewshot, "MODELNET40", classes)
     monkeypatch.setattr(train_fewshot, "TABLE3", [(2, 3), (2, 4), (3, 3), (3, 4), (9, 3)])
     for name, recipe in train_fewshot.RECIPES.items():
         monkeypatch.setitem(train_fewshot.RECIPES, name, recipe._replace(
             points=64, groups=8, neighbours=8, stored=96, epochs=1, batch_size=6))
-    for flag, value in (("--way", "3"), ("--shot", "4"), ("--shots-all", "3"),
-                        ("--points", "64"), ("--groups", "8"), ("--neighbours", "8"), ("--epochs", "1")):
-        if flag in words:
-            words[words.index(flag) + 1] = value
-    small = ["--episodes", "2"] + ["--way", "3", "--shot", "4"] * (
-        "--shots-all" not in words and "--table" not in words)
+    small = ["--episodes", "2"]
+    if "--shots-all" not in words and "--table" not in words:
+        small += ["--way", "3", "--shot", "4"]
     monkeypatch.chdir(tmp_path)
+    folder = Path("data/ModelNetFewshot/3way_4shot")
+    folder.mkdir(parents=True)
     for i in range(2):
-        Path("data/ModelNetFewshot/3way_4shot").mkdir(parents=True, exist_ok=True)
-        Path(f"data/ModelNetFewshot/3way_4shot/{i}.pkl").write_bytes(
-            pickle.dumps(test_fewshot.fold(3, 4, 20, (5, 2, 0))))
-    run = next((w for w in words if w.startswith("runs/")), None)
-    if run:                                              # it speaks of a run that a command above it made
-        now = common.Stopper.now
-        monkeypatch.setattr(common.Stopper, "now", lambda self, step: "--resume" in words)
-        with pytest.raises(SystemExit) if "--resume" in words else contextlib.nullcontext():
-            train_fewshot.main(["--data", run.split("-")[1], *small])
-        monkeypatch.setattr(common.Stopper, "now", now)
+        (folder / f"{i}.pkl").write_bytes(pickle.dumps(fold()))
+    run = run_above(words, train_fewshot.main, monkeypatch, *small)
     capsys.readouterr()
     train_fewshot.main(words if run else [*small, *words])
-    assert "mean ± population standard deviation" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mean ± population standard deviation over" in printed
+    assert ("resumed after" in printed) == ("--resume" in words)
+    assert ("folds of data/ModelNetFewshot" in printed) == ("--folds" in words)
+    if "--compare" in words:
+        others = words[words.index("--compare") + 1].split(",")[1:]
+        assert all(re.search(rf"^    {name} .*\[", printed, re.M) for name in others)
     assert list(Path("runs").glob("fewshot-*/results.json"))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_det.py" in c])
+@commands_of("train_det.py")
 def test_each_detection_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
     """As written, with small rooms for the scans, a small transformer and one epoch."""
-    words = shlex.split(command)
-    words = words[words.index("train_det.py") + 1:]
-    load = common.load_clip
-    monkeypatch.setattr(common, "load_clip", lambda name, *a, **k: load(tiny_clip, *a, **k))
-    scenes = [test_det.scene_of(room, f"room{i}") for i, room in enumerate(synthetic.room_scenes(3, 1500, 9))]
-    monkeypatch.setattr(train_det, "load_scenes", lambda cfg: (scenes[:2], scenes[2:], synthetic.FURNITURE, "rooms"))
-    for name in train_det.RECIPES:
-        monkeypatch.setitem(train_det.RECIPES, name, test_det.SMALL._replace(epochs=1))
-    for flag, value in (("--points", "512"), ("--tokens", "64"), ("--queries", "64"), ("--epochs", "1")):
-        if flag in words:
-            words[words.index(flag) + 1] = value
+    words = words_of(command, "train_det.py", points="512", tokens="64", queries="64", epochs="1")
+    small_clip(monkeypatch, tiny_clip)
+    monkeypatch.setattr(train_det, "SYNTHETIC", (2, 1))
+    monkeypatch.setattr(train_det, "load_scenes", lambda cfg: train_det.load_synthetic(750))
+    small_recipes(monkeypatch, train_det, train_det.RECIPES["synthetic"]._replace(
+        points=512, tokens=64, radius=.8, neighbours=16, queries=64, layers=2, epochs=1,
+        batch_size=2, every=1))
     monkeypatch.chdir(tmp_path)
-    run = next((w for w in words if w.startswith("runs/")), None)
-    if run:
-        now = common.Stopper.now
-        monkeypatch.setattr(common.Stopper, "now", lambda self, step: "--resume" in words)
-        with pytest.raises(SystemExit) if "--resume" in words else contextlib.nullcontext():
-            train_det.main(["--data", run.split("-")[1], "--epochs", "2"])
-        monkeypatch.setattr(common.Stopper, "now", now)
+    run_above(words, train_det.main, monkeypatch, "--epochs", "2")
     capsys.readouterr()
     train_det.main(words)
-    assert "result   mAP@0.25" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "result   mAP@0.25" in printed
+    assert ("resumed after" in printed) == ("--resume" in words)
+    if "--export" in words:
+        exported = Path(words[words.index("--export") + 1])
+        assert {path.name for path in exported.iterdir()} == {"room000.ply", "room000.json"}
     assert list(Path("runs").glob("det-*/results.json"))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_seg.py" in c])
+@commands_of("train_seg.py")
 def test_each_segmentation_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
     """As written, with small rooms for the data, a small transformer and one epoch."""
-    words = shlex.split(command)
-    words = words[words.index("train_seg.py") + 1:]
-    load = common.load_clip
-    monkeypatch.setattr(common, "load_clip", lambda name, *a, **k: load(tiny_clip, *a, **k))
-    source = synthetic.room_scenes(3, 1200, 9)
-    rooms = [test_seg.room_of(room, f"room{i}") for i, room in enumerate(source)]
-    monkeypatch.setattr(train_seg, "load_rooms", lambda cfg: (rooms[:2], rooms[2:], synthetic.ROOM_CLASSES, "rooms"))
-    for name in train_seg.RECIPES:
-        monkeypatch.setitem(train_seg.RECIPES, name, test_seg.SMALL._replace(epochs=1))
+    words = words_of(command, "train_seg.py", points="128", epochs="1")
+    small_clip(monkeypatch, tiny_clip)
+    monkeypatch.setattr(train_seg, "SYNTHETIC", (2, 1, 1200))
+    rooms = train_seg.load_synthetic()
+    monkeypatch.setattr(train_seg, "load_rooms", lambda cfg: rooms)
+    small_recipes(monkeypatch, train_seg, train_seg.RECIPES["synthetic"]._replace(
+        points=128, tokens=32, neighbours=8, epochs=1, batch_size=4, every=1))
     monkeypatch.chdir(tmp_path)
-    synthetic.write_ply(Path("scan.ply"), source[0]["xyz"], source[0]["rgb"])
-    run = next((w for w in words if w.startswith("runs/")), None)
-    if run:
-        now = common.Stopper.now
-        monkeypatch.setattr(common.Stopper, "now", lambda self, step: "--resume" in words)
-        with pytest.raises(SystemExit) if "--resume" in words else contextlib.nullcontext():
-            train_seg.main(["--data", run.split("-")[1], "--epochs", "2"])
-        monkeypatch.setattr(common.Stopper, "now", now)
+    write_ply(Path("scan.ply"), rooms[0][0].xyz.numpy(), rooms[0][0].rgb.numpy())
+    run = run_above(words, train_seg.main, monkeypatch, "--epochs", "2")
     capsys.readouterr()
     train_seg.main(words)
     printed = capsys.readouterr().out
-    assert "result   mIoU" in printed or "scan.ply: 1,200 points" in printed
+    if "--predict" in words:
+        assert "scan.ply: 1,200 points" in printed
+        assert len(np.load(Path(run, "predicted", "scan.npy"))) == 1200
+    else:
+        assert "result   mIoU" in printed
+        assert ("resumed after" in printed) == ("--resume" in words)
+        assert (" votes" in printed) == ("--vote" in words)
+    if "--export" in words:
+        exported = Path(words[words.index("--export") + 1])
+        assert {path.name for path in exported.iterdir()} == {"room000.ply", "room000.npy"}
     assert list(Path("runs").glob("seg-*/results.json"))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "bench.py" in c])
+@commands_of("bench.py")
 def test_each_benchmark_command_runs(command, tmp_path, monkeypatch, capsys):
     test_bench.small(monkeypatch, tmp_path)
-    bench.main(["kernels", "--quick"])
+    words = words_of(command, "bench.py")
+    if words[0] == "table":                             # of what a command above it measured
+        bench.main(["kernels", "--quick"])
     capsys.readouterr()
-    bench.main(shlex.split(command)[2:])
+    bench.main(words)
     printed = capsys.readouterr().out
-    assert "ours" in printed or "parts    " in printed
+    expected = {"kernels": "ours   ", "train": "parts    ", "table": "| workload | ours, ms |"}
+    assert expected[words[0]] in printed
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python kernels/")])
+def python(folder, *words):
+    """Run python in a folder where only what lies there, and what is installed, can be imported."""
+    left_out = ("WORLD_SIZE", "RANK", "TRITON_INTERPRET")
+    env = {name: value for name, value in os.environ.items() if name not in left_out}
+    env.update(PYTHONPATH="", OMP_NUM_THREADS="1", PYTHONIOENCODING="utf-8")
+    return subprocess.run([sys.executable, *words], cwd=folder, env=env, text=True,
+                          encoding="utf-8", capture_output=True)
+
+
+@commands_of("python kernels/")
 def test_each_kernel_checks_itself(command):
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, text=True, capture_output=True)
+    done = python(ROOT, *shlex.split(command)[1:])
     assert done.returncode == 0 and done.stdout.startswith("ok: "), done.stderr
 
 
-def test_every_command_of_readme_is_covered_by_a_test_above():
-    for command in COMMANDS:
-        assert any(word in command for word in ("train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py",
-                                                "bench.py", "python kernels/", "pytest")), command
+@commands_of("python -m data.")
+def test_each_command_of_the_built_in_data_runs(command, tmp_path):
+    words = shlex.split(command)[1:]
+    if "--export" in words:
+        words[words.index("--export") + 1] = str(tmp_path / "ply")
+    done = python(ROOT, *words)
+    assert done.returncode == 0 and "20 classes" in done.stdout, done.stderr
+    assert bool(list(tmp_path.glob("ply/*.ply"))) == ("--export" in words)
 
+
+def test_every_command_of_readme_and_docs_is_covered_by_a_test_above():
+    for command in COMMANDS:
+        assert any(word in command for word in (
+            "train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py", "bench.py",
+            "python kernels/", "python -m data.", "pytest")), command
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 def test_every_file_named_in_the_map_exists_and_has_about_that_many_lines():
     rows = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", README, re.M)
     assert len(rows) >= 8
     for name, count in rows:
-        assert abs(len((ROOT / name).read_text().splitlines()) - int(count)) <= 25, f"{name}: {count}"
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert abs(len(lines) - int(count)) <= 25, f"{name}: {len(lines)}, not {count}"
+
+
+FORK = README.split("\n## Fork it\n")[1].split("\n## ")[0]
+ROWS = {script: re.findall(r"`([^`]+)`", files)
+        for script, files in re.findall(r"^\| `(train_\w+\.py)` \| (.*) \|$", FORK, re.M)}
+
+
+def named_after(words):
+    """The files that the sentence with these words names behind them."""
+    text = " ".join(FORK.split())
+    assert words in text
+    sentence = re.split(r"\.(?: |$)", text.split(words, 1)[1])[0]
+    return re.findall(r"`(data/[^`]+)`", sentence)
+
+
+def fork(folder, script, *more):
+    """Copy a script and the files of its row, and nothing else of the repository."""
+    for name in dict.fromkeys([script, *ROWS[script], *more]):
+        source, copy = ROOT / name, folder / name
+        assert source.is_dir() == name.endswith("/") and source.exists(), name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+
+
+OBJECTS = ["--points", "64", "--groups", "8", "--neighbours", "8"]
+SCENES = ["--like", "synthetic", "--points", "256", "--tokens", "64", "--queries", "64"]
+SIZES = {"train_cls.py": [*OBJECTS, "--batch-size", "6"],
+         "train_fewshot.py": [*OBJECTS, "--way", "3", "--shot", "2", "--episodes", "1"],
+         "train_det.py": SCENES, "train_seg.py": ["--like", "synthetic", "--points", "64"]}
+ENDS = {"train_fewshot.py": "mean ± population standard deviation over 1 episodes"}
+FAST = ["--clip", "timm:test_vit=random", "--epochs", "1", "--device", "cpu", "--workers", "1"]
+
+
+def tiny_room(seed):
+    """Points (600, 3) of a room of two metres, colours, labels, a box of each of two classes."""
+    rng = np.random.default_rng(seed)
+    xyz = rng.uniform(0, 2, (600, 3)).astype(np.float32)
+    boxes = np.array([[.5, .5, .5, 1, 1, 1], [1.5, 1.5, .5, .6, .6, 1]])
+    return xyz, rng.integers(0, 255, (600, 3)), (xyz[:, 2] > 1).astype(int), boxes
+
+
+def tiny_data(root, script, data):
+    """What `--data` of a script reads, as its owners publish it, but tiny."""
+    root.mkdir()
+    if script in ("train_cls.py", "train_fewshot.py"):
+        for part, n in (("train", 2), ("test", 2 if script == "train_cls.py" else 20)):
+            for name, clouds in shapes(n).items():
+                (root / part / name).mkdir(parents=True)
+                for i, xyz in enumerate(clouds):
+                    np.save(root / part / name / f"{i}.npy", xyz)
+    elif data == "scannet":
+        for part, n in (("train", 2), ("val", 1)):
+            lists = (ROOT / f"data/splits/scannetv2_{part}.txt").read_text(encoding="utf-8")
+            for name in lists.split()[:n]:
+                xyz, rgb, label, boxes = tiny_room(n)
+                nyu40 = np.array([5, 7])                # chair, table
+                np.save(root / f"{name}_vert.npy", np.concatenate([xyz, rgb], 1))
+                np.save(root / f"{name}_bbox.npy", np.concatenate([boxes, nyu40[:, None]], 1))
+                np.save(root / f"{name}_sem_label.npy", nyu40[label])
+    else:
+        det = script == "train_det.py"
+        (root / "train").mkdir()
+        (root / ("val" if det else "test")).mkdir()
+        for i, name in enumerate(("train/a", "train/b", "val/c" if det else "test/c")):
+            xyz, rgb, label, boxes = tiny_room(i)
+            columns = [xyz] if det else [xyz, rgb, label[:, None]]
+            np.save(root / f"{name}.npy", np.concatenate(columns, 1))
+            listed = [{"class": kind, "center": box[:3].tolist(), "size": box[3:].tolist()}
+                      for kind, box in zip(("chair", "table"), boxes)]
+            if det:
+                (root / f"{name}.json").write_text(json.dumps(listed), encoding="utf-8")
+        if not det:
+            (root / "classes.txt").write_text("low\nhigh\n", encoding="utf-8")
+
+
+def test_every_script_has_a_row_in_the_table_of_forks():
+    assert set(ROWS) == {path.name for path in ROOT.glob("train_*.py")}
+
+
+@pytest.mark.parametrize("script, data", [
+    ("train_cls.py", "folder"), ("train_fewshot.py", "folder"), ("train_det.py", "folder"),
+    ("train_det.py", "scannet"), ("train_seg.py", "folder"), ("train_seg.py", "scannet")])
+def test_a_script_runs_with_the_files_of_its_row_and_no_others(tmp_path, script, data):
+    more = []
+    if (script, data) == ("train_seg.py", "scannet"):
+        more = named_after("`train_seg.py --data scannet` needs")
+        assert more
+    fork(tmp_path / "fork", script, *more)
+    tiny_data(tmp_path / "tiny", script, data)
+    done = python(tmp_path / "fork", script, "--data", data, "--root", str(tmp_path / "tiny"),
+                  *FAST, *SIZES[script])
+    assert done.returncode == 0, done.stderr
+    assert ENDS.get(script, "result   ") in done.stdout
+    assert list((tmp_path / "fork/runs").glob("*/results.json"))
+
+
+FEW = {"train_cls": (2, 1), "train_fewshot": (2, 20), "train_det": (2, 1), "train_seg": (2, 1, 600)}
+BUILT_IN = "import sys, {0}; {0}.SYNTHETIC = {1}; {0}.main(sys.argv[1:])"
+
+
+@pytest.mark.parametrize("script", sorted(ROWS))
+def test_the_built_in_data_needs_the_files_that_readme_names(tmp_path, script):
+    more = named_after("The built-in data, which a script takes without `--data`, needs")
+    assert "data/synthetic.py" in more and "data/synthetic.py" not in ROWS[script]
+    fork(tmp_path, script, *more)
+    name = script.removesuffix(".py")
+    done = python(tmp_path, "-c", BUILT_IN.format(name, FEW[name]), *FAST, *SIZES[script])
+    assert done.returncode == 0, done.stderr
+    assert ENDS.get(script, "result   ") in done.stdout and "procedural" in done.stdout

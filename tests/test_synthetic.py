@@ -1,4 +1,4 @@
-"""synthetic.py: seeds, shapes, areas, and a difficulty that a trivial classifier does not meet."""
+"""data/synthetic.py: seeds, shapes, areas, and classes too hard for a trivial classifier."""
 import subprocess
 import sys
 from pathlib import Path
@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import objects
-import synthetic
-from synthetic import OBJECT_CLASSES, make_object, object_clouds, sample_surface
+from data import synthetic
+from data.files import read_object, sample_surface
+from data.objects import MODELNET40
+from data.synthetic import OBJECT_CLASSES, make_object, object_clouds
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_seeds_decide_everything_and_an_object_does_not_depend_on_how_many_are_made():
@@ -22,8 +25,9 @@ def test_seeds_decide_everything_and_an_object_does_not_depend_on_how_many_are_m
 
 
 def test_there_are_at_least_15_classes_with_modelnet40_s_names():
-    assert set("chair table sofa bed desk bookshelf lamp bottle cup vase stool monitor airplane car guitar".split()) \
-        <= set(OBJECT_CLASSES) <= set(objects.MODELNET40)
+    usual = set("""chair table sofa bed desk bookshelf lamp bottle cup vase stool monitor airplane
+                   car guitar""".split())
+    assert usual <= set(OBJECT_CLASSES) <= set(MODELNET40)
     assert list(OBJECT_CLASSES) == sorted(OBJECT_CLASSES)
 
 
@@ -38,12 +42,15 @@ def test_objects_are_meshes_of_sensible_size_that_stand_on_the_floor(name):
 
 
 def test_points_are_uniform_by_area_and_a_mesh_without_area_is_refused():
-    vertices = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [1, 3, 1], [0, 3, 1], [0, 0, 1], [1, 0, 1]], float)
-    faces = np.array([[0, 1, 2], [0, 2, 3], [6, 7, 4], [6, 4, 5], [0, 0, 1], [2, 2, 2]])    # areas 1, 3, 0
+    vertices = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0],
+                         [1, 3, 1], [0, 3, 1], [0, 0, 1], [1, 0, 1]], float)
+    faces = np.array([[0, 1, 2], [0, 2, 3],  # area 1
+                      [6, 7, 4], [6, 4, 5],  # area 3
+                      [0, 0, 1], [2, 2, 2]])  # none
     xyz = sample_surface(vertices, faces, 20_000, np.random.default_rng(0))
     share = (xyz[:, 2] > 0.5).mean()
     assert abs(share - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 20_000)
-    y = np.sort(xyz[xyz[:, 2] > 0.5, 1]) / 3                    # uniform along the larger rectangle
+    y = np.sort(xyz[xyz[:, 2] > 0.5, 1]) / 3  # uniform along the larger rectangle
     assert np.abs(y - np.linspace(0, 1, len(y))).max() < 0.02
     with pytest.raises(ValueError, match="no area"):
         sample_surface(vertices, faces[4:], 10, np.random.default_rng(0))
@@ -51,9 +58,12 @@ def test_points_are_uniform_by_area_and_a_mesh_without_area_is_refused():
 
 def test_the_extents_of_the_bounding_box_do_not_give_the_class_away():
     train, test = object_clouds(30, 512, 1), object_clouds(15, 512, 2)
+    orders = (lambda e: e,
+              lambda e: np.sort(e, 1),
+              lambda e: np.c_[np.sort(e[:, :2], 1), e[:, 2]])
     best = 0
     for unit in (False, True):
-        for order in (lambda e: e, lambda e: np.sort(e, 1), lambda e: np.c_[np.sort(e[:, :2], 1), e[:, 2]]):
+        for order in orders:
             features = []
             for xyz, _ in (train, test):
                 if unit:
@@ -69,13 +79,14 @@ def test_the_extents_of_the_bounding_box_do_not_give_the_class_away():
 
 
 def test_the_command_line_prints_the_classes_and_writes_files_that_can_be_read(tmp_path):
-    script = Path(synthetic.__file__)
-    done = subprocess.run([sys.executable, script, "--export", tmp_path / "ply"], text=True, capture_output=True)
+    command = [sys.executable, "-m", "data.synthetic", "--export", tmp_path / "ply"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0 and f"{len(OBJECT_CLASSES)} classes" in done.stdout, done.stderr
     files = sorted((tmp_path / "ply").glob("*.ply"))
     assert len(files) == 2 * len(OBJECT_CLASSES) + 2
-    assert objects.read_object((tmp_path / "ply/room_1.ply").read_bytes(), ".ply")[0].shape == (40_000, 3)
-    assert objects.read_object(files[0].read_bytes(), ".ply")[0].shape == (2048, 3)
+    room = tmp_path / "ply/room_1.ply"
+    assert read_object(room.read_bytes(), ".ply")[0].shape == (40_000, 3)
+    assert read_object(files[0].read_bytes(), ".ply")[0].shape == (2048, 3)
 
 
 # --- rooms ----------------------------------------------------------------------------------------
@@ -95,9 +106,12 @@ def test_a_room_has_the_promised_arrays(rooms):
     for room in rooms:
         assert room["xyz"].shape == room["rgb"].shape == (4096, 3)
         assert room["xyz"].dtype == np.float32 and room["rgb"].dtype == np.uint8
-        assert all(room[key].dtype == np.int64 for key in ("semantic", "furniture", "instance", "label"))
-        assert np.isfinite(room["xyz"]).all() and 0 <= room["semantic"].min() <= room["semantic"].max() < 13
-        assert len(room["label"]) == len(room["center"]) == len(room["size"]) == room["instance"].max() + 1 <= 12
+        for key in ("semantic", "furniture", "instance", "label"):
+            assert room[key].dtype == np.int64
+        assert np.isfinite(room["xyz"]).all()
+        assert 0 <= room["semantic"].min() <= room["semantic"].max() < 13
+        boxes = room["instance"].max() + 1
+        assert len(room["label"]) == len(room["center"]) == len(room["size"]) == boxes <= 12
         extent = np.ptp(room["xyz"], axis=0)
         assert (extent > (2, 2, 2)).all() and (extent < (6.2, 7.2, 3.4)).all()
 
@@ -108,7 +122,8 @@ def test_a_box_bounds_the_points_of_its_instance_and_knows_their_class(rooms):
         for i, (label, center, size) in enumerate(zip(room["label"], room["center"], room["size"])):
             mine = room["xyz"][room["instance"] == i]
             assert len(mine) >= 10 and (size > 0).all()
-            np.testing.assert_allclose([center - size / 2, center + size / 2], [mine.min(0), mine.max(0)], atol=1e-5)
+            np.testing.assert_allclose([center - size / 2, center + size / 2],
+                                       [mine.min(0), mine.max(0)], atol=1e-5)
             assert (room["furniture"][room["instance"] == i] == label).all()
 
 
@@ -119,7 +134,8 @@ def test_every_class_occurs_and_furniture_has_its_semantic_class(rooms):
     assert set(label) == set(range(len(synthetic.FURNITURE))) and len(synthetic.FURNITURE) >= 8
     chair = synthetic.FURNITURE.index("chair")
     assert set(semantic[furniture == chair]) == {synthetic.ROOM_CLASSES.index("chair")}
-    assert (furniture[semantic == synthetic.ROOM_CLASSES.index("clutter")] == -1).any()     # clutter without a box
+    clutter = synthetic.ROOM_CLASSES.index("clutter")
+    assert (furniture[semantic == clutter] == -1).any()  # not all clutter has a box
 
 
 def test_furniture_does_not_overlap(rooms):
@@ -130,7 +146,7 @@ def test_furniture_does_not_overlap(rooms):
                 assert not ((low[i] + .03 < high[j]) & (low[j] + .03 < high[i]))[:2].all()
 
 
-def test_rooms_are_partial_views_with_everything_an_eye_expects(rooms):
+def test_rooms_have_a_flat_floor_and_ceiling_and_no_box_below_the_floor(rooms):
     for room in rooms:
         z, s = room["xyz"][:, 2], room["semantic"]
         floor, ceiling = z[s == 1], z[s == 0]
@@ -150,8 +166,9 @@ def test_boxes_lie_within_the_room(rooms):
 def test_any_number_of_points_and_objects_makes_a_room(points, objects):
     room = synthetic.make_room(np.random.default_rng(3), points, objects)
     assert len(np.unique(room["xyz"], axis=0)) == points
-    assert room["center"].shape == room["size"].shape == (len(room["label"]), 3) and len(room["label"]) <= objects[1]
-    assert room["label"].dtype == np.int64 and room["center"].dtype == room["size"].dtype == np.float32
+    assert room["center"].shape == room["size"].shape == (len(room["label"]), 3)
+    assert len(room["label"]) <= objects[1] and room["label"].dtype == np.int64
+    assert room["center"].dtype == room["size"].dtype == np.float32
     assert room["instance"].max() == len(room["label"]) - 1
 
 

@@ -1,0 +1,1 @@
+"""Published forms -> one prepared form. files.py reads formats, prepared.py keeps what is made."""

@@ -1,0 +1,512 @@
+"""data/files.py and data/prepared.py: every format, broken input, how prepared data is kept."""
+import io
+import json
+import os
+import pickle
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import files, objects, prepared
+from data.files import BrokenFile, read_boxes, read_cloud, read_object, read_ply
+from run import InputError
+
+CUBE = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], np.float32)
+FACES = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+MIXED = [[0, 1, 3], [0, 3, 2], *FACES[1:]]          # the same cube: one side is two triangles
+
+
+def off(vertices=CUBE, faces=FACES, header="OFF\n{} {} 0\n"):
+    lines = [header.format(len(vertices), len(faces))]
+    lines += ["{} {} {}\n".format(*v) for v in vertices]
+    lines += [" ".join(map(str, [len(f), *f])) + "\n" for f in faces]
+    return "".join(lines).encode()
+
+
+def array(content, save=np.save, **more):
+    file = io.BytesIO()
+    save(file, content, **more)
+    return file.getvalue()
+
+
+def pcd(points, kind, block=b""):
+    header = ("# .PCD v0.7\nVERSION 0.7\nFIELDS rgb x y z\nSIZE 4 4 4 4\nTYPE U F F F\n"
+              f"COUNT 1 1 1 1\nWIDTH {len(points)}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\n"
+              f"POINTS {len(points)}\nDATA {kind}\n")
+    return header.encode() + block
+
+
+def pcd_rows(points):
+    rows = np.zeros(len(points), [("rgb", "u4"), ("xyz", "f4", 3)])
+    rows["xyz"] = points
+    return rows
+
+
+def pcd_columns(points):
+    """One LZF block whose bytes are all written out: runs of at most 32."""
+    data = bytes(4 * len(points)) + np.ascontiguousarray(points.T).tobytes()
+    runs = [data[i:i + 32] for i in range(0, len(data), 32)]
+    packed = b"".join(bytes([len(run) - 1]) + run for run in runs)
+    return struct.pack("<II", len(packed), len(data)) + packed
+
+
+def ply(points):
+    head = (f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n"
+            "property float x\nproperty float y\nproperty float z\nend_header\n")
+    return head.encode() + points.astype("<f4").tobytes()
+
+
+def ply_mesh(vertices, faces, kind="text", name="vertex_indices", newline="\n"):
+    """A mesh as `text`, `little` or `big` PLY, with remarks and elements that nobody asks for."""
+    order = {"text": "<", "little": "<", "big": ">"}[kind]
+    form = {"text": "ascii", "little": "binary_little_endian", "big": "binary_big_endian"}[kind]
+    head = ["ply", f"format {form} 1.0", "comment fait à la main",
+            f"element vertex {len(vertices)}", "property float x", "property double y",
+            "property float z", "obj_info none",
+            "property list uchar int seen_by", f"element face {len(faces)}",
+            f"property list uchar int {name}", "element camera 1", "property float view_px",
+            "end_header"]
+    body = b""
+    for x, y, z in vertices:
+        row = [np.array(x, order + "f4"), np.array(y, order + "f8"), np.array(z, order + "f4"),
+               np.array(2, "u1"), np.array([7, 9], order + "i4")]
+        text = f"{float(x)!r} {float(y)!r} {float(z)!r} 2 7 9{newline}".encode()
+        body += text if kind == "text" else b"".join(part.tobytes() for part in row)
+    for face in faces:
+        row = np.array(len(face), "u1").tobytes() + np.array(face, order + "i4").tobytes()
+        text = " ".join(map(str, [len(face), *face])) + newline
+        body += text.encode() if kind == "text" else row
+    camera = b"1.5" + newline.encode() if kind == "text" else np.array(1.5, order + "f4").tobytes()
+    return (newline.join(head) + newline).encode() + body + camera
+
+
+def area(xyz, faces):
+    corners = xyz[faces]
+    return np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]),
+                          axis=1).sum() / 2
+
+
+CLOUD = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+TEXT = "\n".join(" ".join(map(repr, map(float, p))) for p in CLOUD)
+
+
+def shapes(n, points=128, seed=0):
+    """Clouds that anything can tell apart: balls, cubes, sticks. -> {class: (n, points, 3)}."""
+    rng = np.random.default_rng(seed)
+    ball = rng.normal(size=(n, points, 3))
+    stick = rng.uniform(-1, 1, (n, points, 3)) * [0.1, 0.1, 1]
+    return {"ball": ball / np.linalg.norm(ball, axis=2, keepdims=True),
+            "cube": rng.uniform(-1, 1, (n, points, 3)), "stick": stick}
+
+
+# --- one object
+
+@pytest.mark.parametrize("suffix, blob", [
+    (".npy", array(CLOUD)),
+    (".npy", array(np.c_[CLOUD, np.zeros((50, 3))].astype(np.float64))),
+    (".npz", array(np.zeros(2), np.savez, points=CLOUD)),
+    (".xyz", TEXT.encode()),
+    (".txt", ("# a remark\n" + TEXT.replace(" ", ",")).encode()),
+    (".csv", ("x;y;z\n" + TEXT.replace(" ", ";")).encode()),
+    (".ply", ply(CLOUD)),
+    (".ply", ply_mesh(CLOUD, [], "big")),
+    (".pcd", pcd(CLOUD, "ascii", ("0 " + TEXT.replace("\n", "\n0 ")).encode())),
+    (".pcd", pcd(CLOUD, "binary", pcd_rows(CLOUD).tobytes())),
+    (".pcd", pcd(CLOUD, "binary_compressed", pcd_columns(CLOUD))),
+])
+def test_a_cloud_is_read_as_it_is_from_every_format(suffix, blob):
+    xyz, faces = read_object(blob, suffix)
+    assert faces is None and xyz.dtype == np.float32
+    np.testing.assert_allclose(xyz, CLOUD, rtol=1e-6)
+
+
+def test_lzf_copies_what_it_wrote_even_where_the_copy_overlaps_itself():
+    # 'ab', then 7 bytes from 2 back: abababab + a; then a long copy, 7 + 3 + 2 = 12 from 9 back
+    packed = bytes([1]) + b"ab" + bytes([5 << 5, 1]) + bytes([7 << 5, 3, 8])
+    assert files.lzf(packed, 21) == b"ababababa" + b"ababababaaba"
+
+
+@pytest.mark.parametrize("suffix, blob", [
+    (".off", off()),
+    (".off", off(header="OFF{} {} 0\n")),                            # ModelNet's glued header
+    (".off", b"# made by hand\n" + off().replace(b"OFF\n", b"OFF\n\n# counts\n")),
+    (".obj", ("".join("v {} {} {}\n".format(*v) for v in CUBE) + "".join(
+        "f " + " ".join(f"{i + 1}//1" for i in f) + "\n" for f in FACES) + "vn 0 0 1\n").encode()),
+    (".ply", ply_mesh(CUBE, FACES, "little")),
+    (".ply", ply_mesh(CUBE, MIXED, "big")),
+])
+def test_a_mesh_keeps_its_surface_and_is_sampled_on_it(suffix, blob, tmp_path):
+    xyz, faces = read_object(blob, suffix)                           # polygons became triangles
+    assert len(faces) == 12 and area(xyz, faces) == pytest.approx(6)
+    (tmp_path / f"cube{suffix}").write_bytes(blob)
+    source = objects.Source("c/cube", 0, str(tmp_path / f"cube{suffix}"))
+    points, count = objects.sample(source, 600)
+    assert points.shape == (600, 3) and count == 600
+    assert np.isclose(np.abs(points - 0.5).max(1), 0.5, atol=1e-6).all()
+
+
+@pytest.mark.parametrize("name, blob, words", [
+    ("cut.off", off()[:-25], "cut short"),
+    ("lines.off", b"\n".join(off().split(b"\n")[:-4]), "cut short"),
+    ("noface.off", off(faces=[]), "no faces"),
+    ("flat.off", off(faces=[[0, 0, 1], [2, 2, 2]]), "area"),
+    ("nan.off", off(np.where(CUBE == 1, np.nan, CUBE)), "NaN"),
+    ("far.off", off(faces=[[0, 1, 99]]), "outside the range|names vertex 99"),
+    ("words.off", b"OFF\nnot a mesh\n", "words.off"),
+    ("cut.ply", ply(CLOUD)[:-100], "cut.ply: cut short"),
+    ("far.ply", ply_mesh(CUBE, [[0, 1, 99]]), "names vertex 99"),
+    ("cut.npy", array(CLOUD)[:-100], "cut.npy"),
+    ("object.npy", array(np.array([{}], dtype=object), allow_pickle=True), "allow_pickle"),
+    ("flat.npy", array(CLOUD[:, :2]), r"rows of x y z, found float32 of shape \(50, 2\)"),
+    ("nan.npy", array(np.where(CLOUD > 1, np.nan, CLOUD)), "of 50 points are NaN"),
+    ("same.npy", array(np.zeros((50, 3))), "coincide"),
+    ("empty.xyz", b"", "empty.xyz"),
+    ("cut.pcd", pcd(CLOUD, "binary", pcd_rows(CLOUD).tobytes()[:-9]), "cut.pcd"),
+    ("cut2.pcd", pcd(CLOUD, "binary_compressed", pcd_columns(CLOUD)[:-9]), "cut2.pcd"),
+    ("head.pcd", b"VERSION 0.7\nFIELDS x y", "head.pcd"),
+    ("missing.npy", None, "missing.npy: No such file"),
+])
+def test_a_broken_file_is_named_in_one_line(tmp_path, name, blob, words):
+    if blob is not None:
+        (tmp_path / name).write_bytes(blob)
+    with pytest.raises(BrokenFile, match=words) as error:
+        objects.read_one(tmp_path / name, 32, 1)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    assert isinstance(error.value, InputError)
+
+
+def test_a_pickle_holds_arrays_or_is_refused(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+    (tmp_path / "good").write_bytes(pickle.dumps({"a": [CLOUD]}))
+    np.testing.assert_array_equal(files.read_pickle(tmp_path / "good")["a"][0], CLOUD)
+    for blob in (pickle.dumps(Hostile()), b"cnumpy.testing._private.utils\nruncode\n."):
+        (tmp_path / "bad").write_bytes(blob)
+        with pytest.raises(pickle.UnpicklingError, match="which is not a numpy array"):
+            files.read_pickle(tmp_path / "bad")
+    assert not (tmp_path / "ran").exists()
+
+
+# --- PLY
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["vertex_indices", "vertex_index"])
+@pytest.mark.parametrize("faces", [FACES, MIXED, [f[:3] for f in FACES], MIXED + [[0, 1, 3, 7, 5]]])
+@pytest.mark.parametrize("kind", ["text", "little", "big"])
+def test_a_ply_says_the_same_as_text_and_in_both_byte_orders(kind, faces, name, newline):
+    from trimesh.geometry import triangulate_quads
+    vertices, triangles = read_ply(ply_mesh(CUBE * 1.1, faces, kind, name, newline))
+    xyz = files.columns(vertices, "x", "y", "z")
+    np.testing.assert_array_equal(xyz, (CUBE * 1.1).astype(np.float32))
+    np.testing.assert_array_equal(triangles, triangulate_quads(faces))
+    assert triangles.dtype == np.int64
+    again, none = read_ply(ply_mesh(CUBE * 1.1, faces, kind, name, newline), faces=False)
+    assert none is None and again["y"].tobytes() == vertices["y"].tobytes()
+
+
+def test_a_ply_is_sampled_as_trimesh_had_read_it():
+    trimesh = pytest.importorskip("trimesh")
+    for blob in (ply_mesh(CUBE, MIXED), ply_mesh(CUBE, FACES),
+                 trimesh.creation.icosphere(2).export(file_type="ply"),
+                 trimesh.creation.icosphere(2).export(file_type="ply", encoding="ascii")):
+        mesh = trimesh.load(io.BytesIO(blob), file_type="ply", process=False)
+        xyz, faces = read_object(blob, ".ply")
+        np.testing.assert_array_equal(xyz, mesh.vertices.astype(np.float32))
+        np.testing.assert_array_equal(faces, mesh.faces)
+
+
+def test_a_ply_keeps_every_property_and_does_not_need_its_faces():
+    table = np.zeros(50, [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"),
+                          ("label", "<i2")])
+    table["x"] = CLOUD[:, 0]
+    table["label"] = -3
+    head = ("ply\nformat binary_little_endian 1.0\nelement vertex 50\nproperty float x\n"
+            "property float y\nproperty float z\nproperty uint8 red\nproperty short label\n"
+            "element face 1\nproperty list uchar int vertex_indices\nend_header\n")
+    vertices, faces = read_ply(head.encode() + table.tobytes() + b"\3", faces=False)    # cut there
+    assert vertices.tobytes() == table.tobytes() and faces is None
+    with pytest.raises(ValueError, match="cut short"):
+        read_ply(head.encode() + table.tobytes() + b"\3")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda b: b.replace(b"property float x\n", b"\nproperty float x\n"), "blank line"),
+    (lambda b: b.replace(b"property float x", b"property float u"), "no vertices with x, y and z"),
+    (lambda b: b.replace(b"property float x", b"property floating x"), "floating"),
+    (lambda b: b.replace(b"vertex 50", b"vertex 0"), "no points"),
+    (lambda b: b.replace(b"vertex 50", b"vertex many"), "the line 'element vertex many'"),
+    (lambda b: b.replace(b"vertex 50", b"corner 50"), "no vertices"),
+    (lambda b: b.replace(b"ply\n", b"solid\n"), "not a PLY file"),
+    (lambda b: b[:60], "cut short in its header"),
+    (lambda b: b[:-1], "cut short"),
+    (lambda b: b.replace(b"binary_little_endian", b"ascii"), "."),
+    (lambda b: b.replace(b"binary_little_endian", b"sideways"), "the line 'format sideways 1.0'"),
+])
+def test_what_is_wrong_with_a_ply_is_one_sentence(change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        read_ply(change(ply(CLOUD)))
+    assert str(error.value)
+
+
+def test_what_is_written_as_ply_is_read_again(tmp_path):
+    rgb = np.arange(150).reshape(50, 3).astype(np.uint8)
+    files.write_ply(tmp_path / "a.ply", CLOUD, rgb, np.array([[0, 1, 2], [3, 4, 49]]))
+    vertices, faces = read_ply((tmp_path / "a.ply").read_bytes())
+    np.testing.assert_array_equal(files.columns(vertices, "x", "y", "z"), CLOUD)
+    np.testing.assert_array_equal(files.columns(vertices, "red", "green", "blue"), rgb)
+    assert faces.tolist() == [[0, 1, 2], [3, 4, 49]]
+    files.write_ply(tmp_path / "b.ply", CLOUD, None, np.zeros((0, 3), np.int64))
+    assert read_ply((tmp_path / "b.ply").read_bytes())[1] is None
+
+
+def test_the_edges_of_a_box_bound_it():
+    box = np.array([1, 2, 3, .5, 1, 2])
+    vertices, faces = files.box_edges(box)
+    assert vertices.shape == (96, 3) and faces.shape == (144, 3) and faces.max() == 95
+    np.testing.assert_allclose(vertices.min(0), box[:3] - box[3:] / 2 - .0075)
+    np.testing.assert_allclose(vertices.max(0), box[:3] + box[3:] / 2 + .0075)
+
+
+# --- rooms
+
+TABLE = np.c_[CLOUD, np.arange(150).reshape(50, 3), np.arange(50) % 14 - 1]     # x y z r g b label
+
+
+def room_ply(table=TABLE):
+    kinds = {"x": "float", "y": "float", "z": "float", "red": "uchar", "green": "uchar",
+             "blue": "uchar", "label": "int"}
+    head = "".join(f"property {kind} {name}\n" for name, kind in kinds.items())
+    rows = np.empty(len(table), [(n, {"float": "<f4", "uchar": "u1", "int": "<i4"}[k])
+                                 for n, k in kinds.items()])
+    for name, column in zip(rows.dtype.names, table.T):
+        rows[name] = column
+    head = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(table)}\n{head}end_header\n"
+    return head.encode() + rows.tobytes()
+
+
+@pytest.mark.parametrize("name, blob", [
+    ("a.npy", array(TABLE)),
+    ("a.npz", array(np.zeros(2), np.savez, xyz=CLOUD, rgb=TABLE[:, 3:6] / 255, label=TABLE[:, 6])),
+    ("a.ply", room_ply()),
+    ("crlf.ply", room_ply().replace(b"\n", b"\r\n", 11)),
+])
+def test_own_clouds_are_read_with_colours_in_either_scale(tmp_path, name, blob):
+    (tmp_path / name).write_bytes(blob)
+    cloud = read_cloud(tmp_path / name, classes=13)
+    assert [x.dtype for x in cloud[:3]] == [np.float32, np.uint8, np.int64]
+    np.testing.assert_array_equal(cloud.xyz, CLOUD)
+    np.testing.assert_array_equal(cloud.rgb, TABLE[:, 3:6])
+    np.testing.assert_array_equal(cloud.label, TABLE[:, 6])
+    assert cloud.instance is cloud.boxes is None
+    bare = read_cloud(tmp_path / name, colours=False)
+    assert bare.label is bare.rgb is None and bare.xyz.tobytes() == cloud.xyz.tobytes()
+
+
+def test_without_classes_any_columns_will_do_and_labels_are_not_read(tmp_path):
+    for columns in (3, 4, 5, 6, 7, 8, 12):
+        np.save(tmp_path / "a.npy", np.tile(TABLE, 2)[:, :columns] + 1)
+        cloud = read_cloud(tmp_path / "a.npy")
+        assert cloud.label is None and (cloud.rgb is not None) == (columns in (6, 7))
+        np.testing.assert_array_equal(cloud.xyz, CLOUD + 1)
+    np.save(tmp_path / "a.npy", np.c_[CLOUD, -CLOUD])                   # normals, not colours
+    assert len(read_cloud(tmp_path / "a.npy", colours=False).xyz) == 50
+    with pytest.raises(BrokenFile, match="colours outside 0..255"):
+        read_cloud(tmp_path / "a.npy")
+
+
+def test_the_prepared_form_holds_all_that_a_cloud_has(tmp_path):
+    boxes = np.array([[1, 2, 3, 1, 1, 1, 5]])
+    np.savez(tmp_path / "a.npz", xyz=CLOUD, rgb=TABLE[:, 3:6].astype(np.uint8), boxes=boxes,
+             label=np.full(50, 40, np.int16), instance=np.arange(50, dtype=np.int32))
+    cloud = read_cloud(tmp_path / "a.npz", classes=41)
+    assert [x.dtype for x in cloud] == [np.float32, np.uint8, np.int64, np.int64, np.float32]
+    assert cloud.boxes.tolist() == boxes.tolist() and set(cloud.label) == {40}
+    for bad in (boxes[:, :6], np.full((1, 7), np.nan)):
+        np.savez(tmp_path / "a.npz", xyz=CLOUD, boxes=bad)
+        with pytest.raises(BrokenFile, match="in its boxes"):
+            read_cloud(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t[:, :6], r"shape \(50, 6\)"),
+    (lambda t: t[:, 0], r"shape \(50,\)"),
+    (lambda t: np.where(np.arange(7) == 6, 13, t),
+     "the label 13; labels are whole numbers from 0 to 12"),
+    (lambda t: np.where(np.arange(7) == 6, -2, t), "the label -2"),
+    (lambda t: np.where(np.arange(7) == 6, .5, t), "the label 0.5"),
+    (lambda t: np.where(np.arange(7) == 6, np.nan, t), "the label nan"),
+    (lambda t: np.where(np.arange(7) == 0, np.nan, t), "NaN coordinates"),
+    (lambda t: np.where(np.arange(7) == 3, 300, t), "colours outside 0..255"),
+    (lambda t: t[:0], "no points"),
+    (None, "repair it"),                                                # the file is cut short
+])
+def test_bad_clouds_are_named(tmp_path, change, words):
+    np.save(tmp_path / "room0.npy", TABLE)
+    if change:
+        np.save(tmp_path / "room0.npy", change(TABLE))
+    else:
+        (tmp_path / "room0.npy").write_bytes((tmp_path / "room0.npy").read_bytes()[:500])
+    with pytest.raises(BrokenFile, match=words) as error:
+        read_cloud(tmp_path / "room0.npy", classes=13)
+    assert "room0.npy" in str(error.value) and "\n" not in str(error.value)
+    assert "skip" not in str(error.value) and str(error.value).endswith("repair it")
+
+
+def test_arrays_of_a_room_are_equally_long_and_there(tmp_path):
+    for arrays, words in (({"xyz": CLOUD}, "no label"), ({"label": CLOUD}, "no xyz"),
+                          ({"xyz": CLOUD, "label": np.zeros(9)}, "has 50 points, 9 labels"),
+                          ({"xyz": CLOUD[:, :2], "label": np.zeros(50)}, r"shape \(50, 2\)")):
+        np.savez(tmp_path / "a.npz", **arrays)
+        with pytest.raises(BrokenFile, match=words):
+            read_cloud(tmp_path / "a.npz", classes=3)
+
+
+def test_the_clouds_of_a_folder_are_sorted(tmp_path):
+    for name in ("b.npz", "a.ply", "c.npy", "a.json", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in files.clouds_in(tmp_path)] == ["a.ply", "b.npz", "c.npy"]
+
+
+@pytest.mark.parametrize("boxes, words", [
+    ('[{"class": "bed", "center": [0, NaN, 0], "size": [1, 1, 1]}]', "NaN"),
+    ('[{"class": "bed", "center": [0, 0, 0]}]', "size.*a scene is a cloud and a list.*repair it"),
+    ('[{"class": "bed", "center": [0, 0], "size": [1, 1, 1]}]', "repair it"),
+    ("[", "repair it"),
+    (None, "No such file"),
+])
+def test_bad_boxes_are_named(tmp_path, boxes, words):
+    if boxes is not None:
+        (tmp_path / "room0.json").write_text(boxes, encoding="utf-8")
+    with pytest.raises(BrokenFile, match=words) as error:
+        read_boxes(tmp_path / "room0.json")
+    assert "room0.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_boxes_are_read_with_names_in_any_script(tmp_path):
+    content = [{"class": "стол", "center": [1, 2, 3], "size": [.5, 1, 2]},
+               {"class": "bed", "center": [0, 0, 0], "size": [1, 1, 1], "score": .9}]
+    text = json.dumps(content, ensure_ascii=False)
+    (tmp_path / "room0.json").write_text(text, encoding="utf-8")
+    names, boxes = read_boxes(tmp_path / "room0.json")
+    assert names == ["стол", "bed"] and boxes.dtype == np.float32
+    assert boxes.tolist() == [[1, 2, 3, .5, 1, 2], [0, 0, 0, 1, 1, 1]]
+    (tmp_path / "none.json").write_text("[]", encoding="utf-8")
+    assert read_boxes(tmp_path / "none.json")[1].shape == (0, 6)
+
+
+# --- prepared data
+
+def test_a_prepared_file_knows_what_it_was_made_from(tmp_path):
+    source, path = tmp_path / "a.txt", tmp_path / "a.npz"
+    source.write_text("one", encoding="utf-8")
+    made_from = prepared.sources_of([source], 50)
+    assert not prepared.is_fresh(path, made_from)
+    prepared.save_npz(path, made_from, xyz=CLOUD)
+    assert prepared.is_fresh(path, made_from)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "a.txt"]
+    assert not prepared.is_fresh(path, prepared.sources_of([source], 60))
+    os.utime(source, (1e9, 1e9))
+    assert not prepared.is_fresh(path, prepared.sources_of([source], 50))
+    prepared.save_npz(path, prepared.sources_of([source], 50), xyz=CLOUD)
+    assert prepared.is_fresh(path, prepared.sources_of([source], 50))
+    source.unlink()
+    assert not prepared.is_fresh(path, prepared.sources_of([source], 50))
+    path.write_bytes(path.read_bytes()[:-30])                           # cut short
+    assert not prepared.is_fresh(path, made_from)
+
+
+def test_an_interruption_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def stop(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(np, "savez", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepared.save_npz(tmp_path / "a.npz", "", xyz=CLOUD)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_may_write_the_same_file_at_once(tmp_path):
+    both, errors = threading.Barrier(2), []
+
+    def write():
+        both.wait()
+        try:
+            for _ in range(30):
+                prepared.save_npz(tmp_path / "a.npz", "same", xyz=CLOUD)
+                assert prepared.is_fresh(tmp_path / "a.npz", "same")
+        except BaseException as error:
+            errors.append(error)
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not errors and [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(InputError, match="a.npz: cannot be written .No space left on device"):
+        prepared.save_npz(tmp_path / "a.npz", "", xyz=CLOUD)
+
+
+@pytest.fixture
+def read_only(tmp_path, monkeypatch):
+    """A root that cannot be written, also where we are root, and a cache that can."""
+    can = prepared.writable
+    monkeypatch.setattr(prepared, "writable", lambda folder: tmp_path / "data" not in
+                        folder.resolve().parents and can(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def test_a_root_that_cannot_be_written_is_prepared_in_the_cache(read_only, capsys, monkeypatch):
+    one = prepared.prepared_folder(read_only, "s3dis")
+    assert one.is_dir() and read_only.parent / "cache" / "nanoepcl" in one.parents
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.chdir(read_only.parent)
+    assert prepared.prepared_folder("data", "s3dis") == one             # however it is spelt
+    assert prepared.prepared_folder(read_only.parent / "data2", "s3dis").parts[-2:] == (
+        ".nanoepcl", "s3dis")
+    monkeypatch.setattr(prepared, "writable", lambda folder: False)
+    with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
+        prepared.prepared_folder(read_only, "s3dis")
+
+
+def test_what_is_prepared_in_a_root_that_cannot_be_written_is_used(read_only, capsys):
+    folder = read_only / ".nanoepcl" / "s3dis"
+    folder.mkdir(parents=True)
+    prepared.save_npz(folder / "a.npz", "then", xyz=CLOUD)
+    assert prepared.prepared_folder(read_only, "s3dis", {"a.npz": "then"}) == folder
+    assert capsys.readouterr().err == ""
+    assert prepared.prepared_folder(read_only, "s3dis", {"a.npz": "now"}) != folder
+
+
+def double(x, y):
+    return 2 * x + y
+
+
+def test_work_is_shared_and_comes_back_in_order():
+    jobs = [(i, 1) for i in range(5)]
+    for least in (2, 9):                                                # in processes, and not
+        work = prepared.in_parallel(double, jobs, 2, "number", least)
+        assert list(work) == [1, 3, 5, 7, 9]
+    assert list(prepared.in_parallel(double, [], 2, "number")) == []
+
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def test_a_cloud_in_pcd_from_a_real_sensor_is_read():
+    path = SHARED / "scans" / "fragment.pcd"
+    if not path.is_file():
+        pytest.skip("needs the real scan, which is not part of the project")
+    xyz, _ = read_object(path.read_bytes(), ".pcd")
+    assert xyz.shape == (113_662, 3) and np.ptp(xyz, 0).max() < 10

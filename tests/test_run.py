@@ -1,0 +1,170 @@
+"""The run: schedule, seeds, frame of the loop, signals, checkpoints, run folder."""
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+import run as run_module
+from run import InputError, Run, Setup, check_frozen, learning_rate, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+CFG = {"data": "toy", "seed": 3, "frozen": {"name": "none", "sha256": "0" * 64},
+       "recipe": {"epochs": 4, "lr": 1.0, "warmup": 0}}
+
+
+def loop(folder, saved=None, stop_at=None, steps=3):
+    """A toy training in the frame -> what it drew, the run. Stopped at question `stop_at`."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    run = Run("cls", saved["config"] if saved else CFG, Setup("cpu", "fp32"), saved)
+    run.open(__file__, folder)
+    questions, drawn = iter(range(1000)), []
+    run.stopper.now = lambda step: next(questions) == stop_at
+    with run.stopper:
+        for epoch in run.epochs(model, optimizer, "epoch  loss"):
+            order = torch.randperm(steps, generator=run.draw)
+            for step in run.steps(steps):
+                data = torch.rand(1, generator=run.draw).item()
+                dropped = torch.rand(1).item()
+                rate = optimizer.param_groups[0]["lr"]
+                drawn.append((epoch, step, order[step].item(), data, dropped, rate))
+                run.sums += torch.tensor([data, 1.0], dtype=torch.float64)
+            loss, n = run.totals("loss")
+            run.row(loss / n if run.due(2) else None, f"{loss / n:6.3f}", loss=loss / n)
+    return drawn, run
+
+
+def lines(folder):
+    return [line.split('"lr"')[0] for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2, 4, 7])     # 2 questions in an epoch, 1 after it
+def test_a_stopped_epoch_goes_on_with_the_numbers_that_it_had_drawn(tmp_path, stop_at, capsys):
+    whole, _ = loop(tmp_path / "whole")
+    with pytest.raises(SystemExit) as stopped:
+        loop(tmp_path / "parts", stop_at=stop_at)
+    assert stopped.value.code == 130
+    saved = load_checkpoint(tmp_path / "parts", "cls")
+    capsys.readouterr()
+    rest, run = loop(tmp_path / "parts", saved)
+    assert rest == whole[-len(rest):]
+    assert saved["at"]["epoch"] * 3 + saved["at"]["step"] == len(whole) - len(rest)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert run.at["best_epoch"] in (2, 4)
+    printed = capsys.readouterr().out.splitlines()
+    assert "resumed after" in printed[0] and printed[1].startswith("epoch  loss        lr")
+
+
+def test_a_finished_or_failed_run_gives_the_signal_handlers_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    loop(tmp_path / "a")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    with pytest.raises(SystemExit):
+        loop(tmp_path / "b", stop_at=1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    with pytest.raises(RuntimeError, match="anything"):
+        with Run("cls", CFG, Setup("cpu", "fp32")).stopper:
+            assert signal.getsignal(signal.SIGINT) != before[0]
+            raise RuntimeError("anything")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_the_first_ctrl_c_asks_and_the_second_ends_at_once():
+    run = Run("cls", CFG, Setup("cpu", "fp32"))
+    with run.stopper:
+        assert not run.stopper.now(0)
+        signal.raise_signal(signal.SIGINT)
+        assert run.stopper.now(0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path):
+    run = Run("cls", CFG, Setup("cpu", "fp32"))
+    run.begin(1)
+    run.sums = torch.tensor([1.0, float("nan"), 4.0], dtype=torch.float64)
+    with pytest.raises(InputError, match=r"not finite in epoch 2 \(head 0.25, text nan\)"):
+        run.totals("head", "text")
+
+
+def test_the_schedule_is_timm_s_with_the_cosine_counted_from_the_start():
+    lr = [learning_rate(e, 3e-4, 300, 10) for e in (0, 1, 9, 10, 150, 299, 300, 400)]
+    expected = [1e-6, 3.09e-5, 2.701e-4, 2.992e-4, 1.505e-4, 1.008e-6, 1e-6, 1e-6]
+    assert lr == pytest.approx(expected, rel=1e-3)
+
+
+def test_half_a_checkpoint_never_replaces_a_whole_one(tmp_path):
+    """kill -9 while a process does nothing but save: the file under the final name always loads."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import torch; from pathlib import Path; from run import Run, Setup\n"
+            "run, n = Run('cls', {}, Setup('cpu')), 0\n"
+            f"run.folder = Path({str(tmp_path)!r})\n"
+            "while True:\n"
+            "    weights = torch.full((500_000,), float(n))\n"
+            "    run.write('last.pt', {'task': 'cls', 'n': n, 'w': weights}); n += 1\n")
+    for pause in (0.0, 0.013, 0.027):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        deadline = time.time() + 60
+        last = tmp_path / "last.pt"
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        while (not last.exists() or last.stat().st_mtime_ns == before) and time.time() < deadline:
+            time.sleep(0.01)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        saved = load_checkpoint(tmp_path, "cls")
+        assert (saved["w"] == saved["n"]).all()
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "cut short"), (b"PK\x03\x04 nonsense", "cut short"), (None, "no such checkpoint")])
+def test_a_broken_checkpoint_is_named(tmp_path, content, words):
+    path = tmp_path / "last.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as error:
+        load_checkpoint(path, "cls")
+    assert str(path) in str(error.value)
+
+
+def test_a_checkpoint_of_another_script_or_of_other_frozen_weights_is_refused(tmp_path):
+    run = Run("det", CFG, Setup("cpu", "fp32"))
+    run.open(__file__, tmp_path / "run")
+    run.write("last.pt", {"task": "det", "frozen": {"name": "openai", "sha256": "0" * 64}})
+    with pytest.raises(InputError, match="train_det.py, not of train_cls.py"):
+        load_checkpoint(tmp_path / "run", "cls")
+
+    class Clip:
+        name, sha256 = "other", "1" * 64
+
+    cfg = {}
+    check_frozen(cfg, None, Clip)
+    assert cfg["frozen"] == {"name": "other", "sha256": "1" * 64}
+    with pytest.raises(InputError, match="not those the run was trained with"):
+        check_frozen(cfg, load_checkpoint(tmp_path / "run", "det"), Clip)
+
+
+def test_a_checkpoint_with_the_names_of_before_says_what_to_do():
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(InputError, match="from before 26 November 2026.*train anew"):
+        run_module.load_weights(model, {"encoder.tokenizer.first.0.weight": torch.zeros(1)})
+    with pytest.raises(InputError, match="do not fit the model"):
+        run_module.load_weights(model, {"weight": torch.zeros(5)})
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        Run("cls", CFG, Setup("cpu")).open(__file__, tmp_path / "file" / "run")
+
+
+def test_a_run_says_which_kernels_run(monkeypatch):
+    monkeypatch.setattr(kernels, "numba", None)
+    assert Setup("cpu", "fp32").describe.endswith("fp32 (asked for), kernels in torch")
+    monkeypatch.setattr(kernels, "numba", type("", (), {"__version__": "0.68.1"}))
+    assert Setup("cpu", "fp32").describe.endswith("kernels in numba 0.68.1")
