@@ -14,8 +14,10 @@ x, y, z in the unit of the data; a script says where it normalises them.
 """
 import hashlib
 import logging
+import re
 import sys
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,8 +82,10 @@ class PointTokenizer(nn.Module):
         patches = gather(points, idx)                                   # (B, G, K, 3 + C)
         offset = patches[..., :3] - centers[:, :, None]                 # not scaled, as released
         x = self.first(torch.cat([offset, patches[..., 3:]], -1))       # (B, G, K, 256)
-        x = torch.cat([x.amax(2, keepdim=True).expand_as(x), x], -1)    # (B, G, K, 512)
-        return self.second(x).amax(2), centers                          # (B, G, D), (B, G, 3)
+        joint = self.second[0]      # reads [maximum of the patch | point]: the first once a patch
+        of_patch, of_point = joint.weight.split(256, 1)
+        x = F.linear(x, of_point, joint.bias) + F.linear(x.amax(2, keepdim=True), of_patch)
+        return self.second[1:](x).amax(2), centers                      # (B, G, D), (B, G, 3)
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -106,6 +110,19 @@ class BatchNorm(nn.BatchNorm1d):
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
         out = (rows - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
         return out.to(x.dtype).view(x.shape)
+
+
+def check_batch(clouds, cfg):
+    """One line before training if a part of a step would hold a single row for batch norm."""
+    batch, parts = cfg["recipe"]["batch_size"], cfg["accumulate"]
+    least = max(2, world_size()) * parts
+    if min(clouds, batch) < least:
+        cure = f"pass --batch-size {least} or more"
+        if clouds < least:
+            cure = "pass a smaller --accumulate" if parts > 1 else "add training clouds"
+        raise InputError(f"--batch-size {batch}, --accumulate {parts}, {clouds} training clouds: "
+                         f"batch norm needs two clouds in each part of a step; {cure}")
+
 
 # ---- 2. Task token -------------------------------------------------------------------------------
 class TaskToken(nn.Module):
@@ -144,14 +161,15 @@ class FrozenCLIP(nn.Module):
 
     class_token, class_position (D,); ln_pre; blocks, each (B, L, D) -> (B, L, D), attending over
     the L tokens of one cloud; ln_post; proj (D, E) or None. trainable=True leaves the weights as
-    parameters: the paper's "w/o CLIP frozen", Table 4.
+    parameters: the paper's "w/o CLIP frozen", Table 4. name: of --clip; model: the part of it that
+    says what is computed, wherever the weights are.
     """
 
-    def __init__(self, name, parts, text=None, trainable=False):
+    def __init__(self, name, model, parts, text=None, trainable=False):
         super().__init__()
         for part, value in parts.items():
             setattr(self, part, value)
-        self.name, self.text, self.trainable = name, text, trainable
+        self.name, self.model, self.text, self.trainable = name, model, text, trainable
         self.width = len(self.class_token)
         self.embed = self.width if self.proj is None else self.proj.shape[1]
         self.sha256 = fingerprint(self.named_parameters())
@@ -201,8 +219,7 @@ RANDOM_WARNING = "warning  the transformer has RANDOM weights: these numbers say
 
 
 def load_clip(name, seed=0, trainable=False):
-    """FrozenCLIP from a --clip name (`CLIP_NAMES`). `random` draws its weights from `seed` alone;
-    `untrained` of what comes back is the name of the same transformer with random weights.
+    """FrozenCLIP from a --clip name (`CLIP_NAMES`). `random` draws its weights from `seed` alone.
 
     OpenAI trained with QuickGELU, x * sigmoid(1.702 x). In a model with exact GELU the same weights
     load without a word and every block computes something else; hence "-quickgelu", and hence a
@@ -210,9 +227,7 @@ def load_clip(name, seed=0, trainable=False):
     """
     if name.startswith("timm:"):
         vit, _, path = name[5:].partition("=")
-        clip = FrozenCLIP(name, timm_parts(vit, path, seed), None, trainable)
-        clip.untrained = f"timm:{vit}=random"
-        return clip
+        return FrozenCLIP(name, f"timm:{vit}", timm_parts(vit, path, seed), None, trainable)
     model_name, tag, state = "ViT-B-32-quickgelu", None, None
     if name == "openai":
         tag = "openai"
@@ -226,7 +241,8 @@ def load_clip(name, seed=0, trainable=False):
             raise InputError(f"--clip {name}: the file does not say which activation it was "
                              f"trained with; write --clip ViT-B-32-quickgelu={name} for OpenAI's "
                              f"weights, --clip ViT-B-32={name} for others")
-        model_name = OPENAI_MODELS.get(state["visual.conv1.weight"].shape, model_name)
+        patch = state.get("visual.conv1.weight", torch.empty(0))
+        model_name = OPENAI_MODELS.get(patch.shape, model_name)
     elif "/" in name:
         model_name, tag = name.split("/", 1)
     elif name != "random":
@@ -234,18 +250,22 @@ def load_clip(name, seed=0, trainable=False):
 
     model, tokenizer = open_clip_model(model_name, tag, seed)
     if state is not None:
-        load_state(model, state, f"--clip {name}", model_name)
+        load_weights(model, state, OPEN_CLIP_USED, f"--clip {name}: its weights", model_name)
     text = None
     if not name.endswith("random"):         # an untrained text tower knows no words
         text = model.requires_grad_(False).encode_text, tokenizer
-    clip = FrozenCLIP(name, open_clip_parts(model.visual), text, trainable)
-    clip.untrained = f"{model_name}=random"
-    return clip
+    return FrozenCLIP(name, model_name, open_clip_parts(model.visual), text, trainable)
 
 
 OPENAI_MODELS = {           # by the shape of the patch embedding, (D, 3, P, P)
     (768, 3, 32, 32): "ViT-B-32-quickgelu", (768, 3, 16, 16): "ViT-B-16-quickgelu",
     (1024, 3, 14, 14): "ViT-L-14-quickgelu"}
+# the weights that are used, by the beginnings of their names; patch embedding and heads are not
+VISUAL_USED = ("class_embedding", "positional_embedding", "ln_", "transformer.", "proj")
+OPEN_CLIP_USED = (*(f"visual.{name}" for name in VISUAL_USED), "token_embedding", "transformer.",
+                  "positional_embedding", "ln_final", "text_projection")
+TIMM_USED = ("cls_token", "pos_embed", "norm", "blocks.")
+BOXES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "base_model")  # as timm
 
 
 def open_clip_model(model_name, tag=None, seed=0):
@@ -308,47 +328,46 @@ def timm_parts(name, path, seed):
     if not isinstance(vit, timm.models.VisionTransformer) or vit.cls_token is None:
         raise InputError(f"--clip timm:{name}: not a ViT with a class token; choose another")
     if path != "random":
-        load_state(vit, read_weights(path)[0], f"--clip timm:{name}={path}", name)
+        load_weights(vit, read_weights(path)[0], TIMM_USED,
+                     f"--clip timm:{name}={path}: its weights", name)
     position = torch.zeros(vit.embed_dim) if vit.no_embed_class else vit.pos_embed[0, 0].detach()
     return {"class_token": nn.Parameter(vit.cls_token[0, 0].detach().clone()),
             "class_position": nn.Parameter(position.clone()), "ln_pre": vit.norm_pre,
             "blocks": nn.ModuleList(vit.blocks), "ln_post": vit.norm, "proj": None}
 
 
-def read_weights(path):
+def read_weights(path, flag="--clip"):
     """-> state dict in float32, and whether the file is a TorchScript archive: OpenAI's form.
 
-    No pickle is trusted: .safetensors, torch.load(weights_only=True), or TorchScript.
+    No pickle is trusted: .safetensors, torch.load(weights_only=True), or TorchScript. Weights may
+    lie in one of BOXES, beside what else a training saved.
     """
     if not Path(path).is_file():
-        raise InputError(f"--clip: no such file: {path}")
+        raise InputError(f"{flag}: no such file: {path}; if it was moved, {flag} names its new "
+                         "place, with --eval and --resume, too")
     archive = False
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             state = load_file(path)
         else:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
                 warnings.simplefilter("ignore")       # TorchScript is OpenAI's choice, not ours
                 try:
                     state = torch.load(path, map_location="cpu", weights_only=True)
                 except RuntimeError:
                     state, archive = torch.jit.load(path, map_location="cpu").state_dict(), True
-        state = state.get("state_dict", state)
-        for number in ("input_resolution", "context_length", "vocab_size"):
-            state.pop(number, None)         # OpenAI's archive holds them among the weights
-        return {name.removeprefix("module."): w.float() for name, w in state.items()}, archive
+        while box := next((name for name in BOXES if isinstance(state.get(name), dict)), None):
+            state = state[box]
+        state = {name.removeprefix("module."): w.float() for name, w in state.items()
+                 if isinstance(w, torch.Tensor)}
     except Exception as error:
-        raise InputError(f"--clip: {path} is not a readable weight file "
-                         f"({' '.join(str(error).split())[:120]}); fetch it again") from None
-
-
-def load_state(module, state, where, what):
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"{where}: not the weights of {what} "
-                         f"({' '.join(str(error).split())[:200]})") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise InputError(f"{flag}: {path} " + (
+            f"holds {code[1]}, which is code and not a weight; save the weights alone, "
+            "torch.save(model.state_dict(), FILE)" if code else
+            "is not a readable weight file, or cut short; fetch it again")) from None
+    return state, archive
 
 
 # ---- 4. The encoder: the method in one forward ---------------------------------------------------

@@ -41,12 +41,17 @@ class InputError(Exception):
 ABLATIONS = ("no_task_token", "unfreeze", "deep_prompt", "no_transformer")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):               # one line, without the list of all flags
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
 def recipe_parser(doc, recipes):
     """A parser with --data, whose --help ends with the recipes as columns."""
     fields = "data", *recipes["synthetic"]._fields
     rows = zip(fields, *((name, *recipe) for name, recipe in recipes.items()))
     table = "\n".join(f"  {name:16s}" + "".join(f"{x!s:>14}" for x in row) for name, *row in rows)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=doc.split("\n")[0], epilog="recipes, the defaults of each --data:\n" + table,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=recipes, help="data set (default: synthetic, built in)")
@@ -97,8 +102,15 @@ def with_flags(recipe, args):
 def shared_settings(args, recipe, synthetic_clip):
     """The config of a new run, as far as all scripts share it, checked."""
     data = args.data or "synthetic"
-    if recipe.lr <= 0 or not 0 <= recipe.dropout < 1:
-        raise InputError(f"--lr {recipe.lr} must be above 0, --dropout {recipe.dropout} in 0..1")
+    if not 0 < recipe.lr < math.inf:
+        raise InputError(f"--lr {recipe.lr} must be above 0, and a number")
+    if not 0 <= recipe.dropout < 1:
+        raise InputError(f"--dropout {recipe.dropout} must be in 0..1")
+    if data == "synthetic" and args.root:
+        raise InputError(f"--root {args.root}: the built-in data has no files; add --data")
+    if args.out and (Path(args.out) / "last.pt").exists():
+        raise InputError(f"--out {args.out}: holds a run; --resume {args.out} goes on with it, or "
+                         "give another folder")
     if args.deep_prompt and args.no_task_token:
         raise InputError("--deep-prompt and --no-task-token exclude each other; give one of them")
     if args.no_transformer and (args.no_task_token or args.unfreeze or args.deep_prompt):
@@ -118,15 +130,16 @@ def saved_settings(args, task):
     path = Path(args.resume or args.eval)
     saved = load_checkpoint(path, task)
     cfg = saved["config"]
-    free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export",
-            "skip_broken", *(["precision", "batch_size"] if args.eval else ["compile"])]
+    free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export", "clip",
+            "official", "skip_broken"]      # weights are known by their hash: `check_frozen`
+    free += ["precision", "batch_size", "scale"] if args.eval else ["compile"]
     for name, value in vars(args).items():
         was = cfg["recipe"].get(name, cfg.get(name))
         if value is not None and value is not False and value != was and name not in free:
             flag = name.replace("_", "-")
             raise InputError(f"{path}: was trained with {flag} {was}, not {value}; leave --{flag} "
                              "out, or start a new run")
-    for name in ("root", "workers", "precision", "compile"):
+    for name in ("root", "workers", "precision", "compile", "clip"):
         cfg[name] = getattr(args, name) or cfg[name]
     if args.resume and "optimizer" not in saved:
         raise InputError(f"--resume {path}: holds no optimiser; resume the run's folder or last.pt")
@@ -385,9 +398,6 @@ class Run:
 
         A run that goes on keeps the first `kept` lines of metrics.jsonl (default: epochs done).
         """
-        if self.first and folder and not self.saved and (Path(folder) / "config.json").exists():
-            raise InputError(f"--out {folder}: holds a run; --resume {folder} goes on with it, or "
-                             "give another folder")
         free = (f"runs/{self.task}-{self.cfg['data']}-{n}" for n in itertools.count(1))
         folder = [folder or next(name for name in free if not Path(name).exists())]
         if world_size() > 1:
@@ -416,7 +426,8 @@ class Run:
 
     def append(self, name, text=""):
         if self.first and self.folder:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
+            # a file's name may hold bytes that are no text
+            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
 
     def results(self, metrics, best, parameters, form, **more):
@@ -458,6 +469,8 @@ class Run:
 def load_checkpoint(path, task):
     """A checkpoint of this task: `path` is a .pt file, or a run folder with last.pt."""
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    if (path.parent / "config.json").is_file() and not path.is_file():
+        raise InputError(f"{path}: nothing was saved yet; repeat the command of the run")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; give a run folder or a .pt file")
     try:
@@ -471,26 +484,36 @@ def load_checkpoint(path, task):
     return saved
 
 
-def load_weights(model, weights):
-    """Saved weights into the model."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = f"the saved weights do not fit the model: {' '.join(str(error).split())[:200]}"
-        if any(name.startswith("encoder.tokenizer.") for name in weights):
-            reason = ("the checkpoint is from before 26 November 2026, when weights were renamed; "
-                      "use the code of that time, or train anew")
-        raise InputError(reason) from None
+def load_weights(model, weights, used="", where="the saved weights", what="the model"):
+    """Load the weights whose names begin with (one of) `used`. None may be missing and none left
+    over: a block without its layer scale computes something else."""
+    own, found = ({name: w for name, w in some.items() if name.startswith(used)}
+                  for some in (model.state_dict(), weights))
+    if not used and any(name.startswith("encoder.tokenizer.") for name in found):
+        raise InputError("the checkpoint is from before 26 November 2026, when weights were "
+                         "renamed; use the code of that time, or train anew")
+    need, have = ({name: tuple(w.shape) for name, w in some.items()} for some in (own, found))
+    wrong = [f"{name} {have.get(name, 'missing')} for {need.get(name, 'nothing')}"
+             for name in {**need, **have} if have.get(name) != need.get(name)]
+    if wrong:
+        raise InputError(f"{where} do not fit {what}: {len(wrong)} tensors differ, "
+                         f"{', '.join(wrong[:3])}; pass those of this model")
+    model.load_state_dict(found, strict=False)
 
 
 def check_frozen(cfg, saved, clip):
-    """Note the frozen weights in the config. Trained ones are worth nothing with any other."""
-    cfg["frozen"] = {"name": clip.name, "sha256": clip.sha256}
-    was = saved["frozen"] if saved else cfg["frozen"]
-    if was["sha256"] != clip.sha256:
-        raise InputError(f"--clip {clip.name}: its weights (sha256 {clip.sha256[:12]}) are not "
-                         f"those the run was trained with ({was['name']}, {was['sha256'][:12]}); "
-                         "put that file back")
+    """Note the frozen weights in the config. Trained ones are worth nothing with any other.
+
+    The place of their file may change. Their model may not: with another activation the same
+    weights compute something else.
+    """
+    now = {"name": clip.name, "sha256": clip.sha256, "model": clip.model}
+    was = saved["frozen"] if saved else now
+    cfg["frozen"] = now
+    if (was["sha256"], was.get("model", clip.model)) != (clip.sha256, clip.model):
+        raise InputError(f"--clip {clip.name}: {clip.model} with the weights {clip.sha256[:12]} "
+                         f"(sha256) is not what the run was trained with ({was['name']}, "
+                         f"{was['sha256'][:12]}); --clip may only name a new place of those")
 
 
 def versions():
@@ -504,10 +527,19 @@ def versions():
 
 def main_guard(main):
     """Run a script: an InputError becomes one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a letter of a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:    # in a fork that took less along
+        if not str(error.name).startswith("data."):
+            raise
+        file = f"{error.name.replace('.', '/')}.py"
+        print(f"error: {file} is missing; copy it from nanoEPCL, too", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:               # before the loop, or a second time in it
         print("stopped; nothing after the last checkpoint is saved", file=sys.stderr)

@@ -18,8 +18,8 @@ import common
 from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
 from data import objects
 from kernels import farthest_point_sample
-from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
-                 parameter_groups, recipe_parser, saved_settings, seed_of, shared_flags,
+from run import (InputError, Run, Setup, all_reduce, check_frozen, load_weights, main_guard,
+                 my_rows, parameter_groups, recipe_parser, saved_settings, seed_of, shared_flags,
                  shared_settings, whole, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
@@ -74,7 +74,10 @@ def load_data(cfg):
         classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic.py"
     else:
         path = objects.prepare(cfg["data"], cfg["root"], recipe.stored, cfg["workers"])
-        *parts, classes, form = objects.load(path, recipe.points, cfg["test_fraction"])
+        if "split" not in cfg:
+            cfg["split"] = objects.split_of(path, cfg["test_fraction"])
+        *parts, classes, form = objects.load(path, recipe.points, cfg["test_fraction"],
+                                             cfg["split"])
     train, test = (Objects(*map(torch.from_numpy, part)) for part in parts)
     if recipe.unit:                         # over all stored points, as released
         train = train._replace(xyz=objects.unit_sphere(train.xyz))
@@ -123,24 +126,20 @@ OFFICIAL = {                # names in the authors' released checkpoint -> ours;
 
 def load_official(path):
     """The authors' classification checkpoint -> (FrozenCLIP with its weights, our state dict)."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state["base_model"] if "base_model" in state else state["model"]
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-        visual = {name.removeprefix("clip_vit."): value.float() for name, value in state.items()
-                  if name.startswith("clip_vit.")}
-        ours = {}
-        for released, mine in OFFICIAL.items():
-            for name, value in state.items():
-                if name.startswith(released):       # a 1x1 convolution is a linear layer
-                    value = value.squeeze(-1) if value.ndim == 3 else value
-                    ours[mine + name.removeprefix(released)] = value
-        model, _ = common.open_clip_model("ViT-B-32-quickgelu")
-        model.visual.load_state_dict(visual)
-        return FrozenCLIP(f"official:{path}", common.open_clip_parts(model.visual)), ours
-    except Exception as error:
-        raise InputError(f"--init-official {path}: not a checkpoint of the authors' classification "
-                         f"release ({' '.join(str(error).split())[:150]})") from None
+    state, _ = common.read_weights(path, "--init-official")
+    visual = {name.removeprefix("clip_vit."): value for name, value in state.items()
+              if name.startswith("clip_vit.")}
+    ours = {}
+    for released, mine in OFFICIAL.items():
+        for name, value in state.items():
+            if name.startswith(released):           # a 1x1 convolution is a linear layer
+                value = value.squeeze(-1) if value.ndim == 3 else value
+                ours[mine + name.removeprefix(released)] = value
+    name = "ViT-B-32-quickgelu"
+    model, _ = common.open_clip_model(name)
+    load_weights(model.visual, visual, common.VISUAL_USED, f"--init-official {path}: not a "
+                 "checkpoint of the authors' classification release: its clip_vit.*", name)
+    return FrozenCLIP(f"official:{path}", name, common.open_clip_parts(model.visual)), ours
 
 
 # ---- Metric --------------------------------------------------------------------------------------
@@ -255,6 +254,8 @@ def main(argv=None):
     if saved and list(classes) != cfg["classes"]:
         raise InputError(f"{form}: has other classes than the run: {' '.join(classes)[:200]}")
     cfg["classes"] = list(classes)
+    if not args.eval:
+        common.check_batch(len(data.label), cfg)
     clip, model, text = build(cfg, saved, setup)
     recipe = Recipe(**cfg["recipe"])
     test = Objects(sample_test(stored.xyz.to(setup.device), recipe.points), stored.label)
@@ -346,7 +347,9 @@ def settings(args):
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/cls-...")
     if args.resume or args.eval:
-        return saved_settings(args, "cls")
+        cfg, saved, folder = saved_settings(args, "cls")
+        cfg["official"] = args.official or (None if args.clip else cfg["official"])
+        return cfg, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     recipe = recipe._replace(stored=max(recipe.stored, recipe.points))
     if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):

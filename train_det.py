@@ -27,7 +27,8 @@ import common
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import scannet
-from data.files import BrokenFile, own_clouds, read_boxes, read_cloud, write_boxes
+from data.files import (BrokenFile, check_span, own_clouds, read_boxes, read_cloud, usable_boxes,
+                        write_boxes)
 from kernels import farthest_point_sample, knn
 from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows, rank,
                  recipe_parser, saved_settings, seed_of, shared_flags, shared_settings,
@@ -39,6 +40,7 @@ class Recipe(NamedTuple):
     tokens: int             # patches of a scene, G
     radius: float           # of a patch, metres
     neighbours: int         # points of a patch, K
+    source: int             # points that patches are drawn from
     queries: int            # boxes that the decoder proposes
     content: str            # of a query at first: "zeros", or the "token" it stands on
     layers: int             # of the decoder
@@ -57,7 +59,7 @@ class Recipe(NamedTuple):
 
 SCANNET = Recipe(
     points=40_000, tokens=2048, radius=0.2, neighbours=64,              # 3DETR, whose decoder the
-    queries=256, content="zeros", layers=8,                             # paper takes:
+    source=40_000, queries=256, content="zeros", layers=8,              # paper takes:
     epochs=1080, warmup=9, batch_size=8, clip_norm=0.1, every=10,       # scripts/scannet_ep1080.sh
     decoder_dropout=0.1, head_dropout=0.3, cuboid=True,                 # the same
     lr=3e-4, decay=0.04, dropout=0.3)                                   # paper 4.1 and supplement
@@ -66,9 +68,9 @@ RECIPES = {
     "folder": SCANNET,
     # ours, sized for two CPU cores
     "synthetic": SCANNET._replace(
-        points=4096, tokens=192, radius=0.5, neighbours=32, queries=96, content="token", layers=3,
-        epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5, dropout=0.0, decoder_dropout=0.0,
-        head_dropout=0.0, cuboid=False, every=4),
+        points=4096, tokens=192, radius=0.5, neighbours=32, source=1875, queries=96, layers=3,
+        content="token", epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5, dropout=0.0,
+        decoder_dropout=0.0, head_dropout=0.0, cuboid=False, every=4),
 }
 FINAL_LR = 5e-7             # supplement C
 SYNTHETIC = (200, 40)       # rooms to train and to test
@@ -78,6 +80,7 @@ COST = {"class": 1, "giou": 2}                                  # of the matchin
 WEIGHT = {"class": 1, "center": 5, "size": 1, "giou": 1, "angle": 0.5}
 LEAST_SCORE = 0.3           # of an exported detection
 GREEN, RED = (40, 200, 60), (230, 40, 40)
+CPU_TRIES = 4               # random cuboids at a time
 
 GET_FOLDER = ("pass --root FOLDER with FOLDER/{train,val}/NAME.ply (or .npy, .npz) and NAME.json "
               "beside each")
@@ -89,6 +92,7 @@ class Scene(NamedTuple):
     xyz: torch.Tensor                       # (n, 3) float32, metres, z up
     boxes: torch.Tensor                     # (k, 6) centre and size
     label: torch.Tensor                     # (k,) int64
+    offset: np.ndarray = np.zeros(3)        # what was read = xyz + offset
 
 
 def load_scenes(cfg):
@@ -102,15 +106,15 @@ def load_scenes(cfg):
     else:
         *paths, form = scannet.scans(root, cfg["workers"], cfg["skip_broken"], needs="bbox")
         names = {nyu40: name for name, nyu40 in scannet.SCANNET_BOXES.items()}
-    parts, left_out = [[], []], []          # of (path, scene, class name of each box)
+    parts, notes = [[], []], []             # of (path, scene, class name of each box)
     for part, found in zip(parts, paths):
         for path in tqdm(found, desc="reading", unit="scene", disable=None, leave=False):
             try:
-                part.append((path, *read_scene(path, names, own)))
+                part.append((path, *read_scene(path, names, own, notes)))
             except BrokenFile as error:
                 if not cfg["skip_broken"]:
                     raise
-                left_out.append(f"LEFT OUT {error}")
+                notes.append(f"LEFT OUT {error}")
     classes = tuple(names.values())
     if own:
         classes = tuple(sorted({kind for _, _, kinds in parts[0] for kind in kinds}))
@@ -118,7 +122,7 @@ def load_scenes(cfg):
             raise InputError(f"{root / 'train'}: no scene has a box; there is nothing to learn")
     for part in parts:
         part[:] = [labelled(*found, classes) for found in part]
-    return *parts, classes, "; ".join([form, *left_out])
+    return *parts, classes, "; ".join([form, *notes])
 
 
 def load_synthetic(points):
@@ -132,10 +136,11 @@ def load_synthetic(points):
     return *parts, FURNITURE, "procedural rooms of data/synthetic.py"
 
 
-def read_scene(path, names, own):
+def read_scene(path, names, own, notes):
     """A prepared NAME.npz, or a cloud and its NAME.json -> Scene, the class name of each box.
 
     names: {class number of a prepared box: name}. ScanNet's other boxes are left out, own ones not.
+    notes takes a line for each box that is flat, and so left out, or holds no point.
     """
     cloud, where = read_cloud(path, colours=False), path
     if cloud.boxes is not None:
@@ -147,14 +152,16 @@ def read_scene(path, names, own):
         kinds, boxes = [names[k] for k in number[known]], cloud.boxes[known, :6]
     else:
         where = path.with_suffix(".json")
-        kinds, boxes = read_boxes(where)
-    flat = np.flatnonzero((boxes[:, 3:] <= 0).any(1))
-    if len(flat):
-        raise BrokenFile(f"{where}: box {flat[0]} has a size of zero or less; repair the file")
+        kinds, boxes = read_boxes(where, cloud.offset)
+    check_span(path, cloud.xyz, "scale points and boxes,")
+    kept, lines = usable_boxes(boxes, cloud.xyz, where)
+    notes += lines
+    boxes, kinds = boxes[kept], [kind for kind, keep in zip(kinds, kept) if keep]
     if len(boxes) > MAX_BOXES:
         raise BrokenFile(f"{where}: has {len(boxes)} boxes, at most {MAX_BOXES} are handled; raise "
                          "MAX_BOXES")
-    return Scene(path.stem, torch.from_numpy(cloud.xyz), torch.from_numpy(boxes), None), kinds
+    scene = Scene(path.stem, *map(torch.from_numpy, (cloud.xyz, boxes)), None, cloud.offset)
+    return scene, kinds
 
 
 def labelled(path, scene, kinds, classes):
@@ -183,7 +190,7 @@ def make_batch(scenes, points, device, seeds=None, cuboid=True):
     rows = []
     unit = torch.cat([torch.zeros(3, device=device), torch.ones(3, device=device)])
     for i, scene in enumerate(scenes):
-        xyz, boxes, label = (x.to(device) for x in scene[1:])
+        xyz, boxes, label = (x.to(device) for x in scene[1:4])
         # each scene has its own random stream: the same in any number of processes
         seed = zlib.crc32(scene.name.encode()) if seeds is None else seeds[i]
         draw = torch.Generator(device).manual_seed(seed)
@@ -206,8 +213,8 @@ def make_batch(scenes, points, device, seeds=None, cuboid=True):
 def random_cuboid(xyz, boxes, points, draw, tries=100):
     """A random part of the scene with at least 3/4 of `points` and one box, or all of it [3DETR].
 
-    -> which points (n,) and which boxes (k,) are in it. All tries are made at once, without
-    host-device synchronisation between one and the next.
+    -> which points (n,) and which boxes (k,) are in it. A GPU makes all tries without host-device
+    synchronisation, a CPU a few at a time until one is good: the same cuboid.
     """
     def rand(*shape):
         return torch.rand(*shape, device=xyz.device, generator=draw)
@@ -226,16 +233,20 @@ def random_cuboid(xyz, boxes, points, draw, tries=100):
     def bounds(inside, empty):                                  # (t, n) -> three of (t, n)
         return [axis.expand_as(inside).masked_fill(~inside, empty) for axis in xyz.T]
 
-    enough, low, high = [], [], []
-    several = max(1, 2 ** 24 // len(xyz))                       # tries at a time: 64 MB for an axis
-    for inside in map(cut, middle.split(several), half.split(several)):
-        enough.append(inside.sum(1) >= 0.75 * points)
-        low.append(torch.stack([axis.amin(1) for axis in bounds(inside, torch.inf)], 1))
-        high.append(torch.stack([axis.amax(1) for axis in bounds(inside, -torch.inf)], 1))
-    low, high = torch.cat(low)[:, None], torch.cat(high)[:, None]
-    kept = ((boxes[:, :3] >= low) & (boxes[:, :3] <= high)).all(2)                  # (tries, k)
-    good = shapely & torch.cat(enough) & kept.any(1)
-    first, none = good.int().argmax(0, keepdim=True), ~good.any()               # the first good try
+    cpu = xyz.device.type == "cpu"
+    several = CPU_TRIES if cpu else max(1, 2 ** 24 // len(xyz))             # 64 MB for an axis
+    good, kept = [], []
+    for start in range(0, tries, several):
+        part = slice(start, start + several)
+        inside = cut(middle[part], half[part])                              # (t, n)
+        low = torch.stack([axis.amin(1) for axis in bounds(inside, torch.inf)], 1)[:, None]
+        high = torch.stack([axis.amax(1) for axis in bounds(inside, -torch.inf)], 1)[:, None]
+        kept.append(((boxes[:, :3] >= low) & (boxes[:, :3] <= high)).all(2))        # (t, k)
+        good.append(shapely[part] & (inside.sum(1) >= 0.75 * points) & kept[-1].any(1))
+        if cpu and start + several < tries and good[-1].any():
+            break
+    good, kept = torch.cat(good), torch.cat(kept)
+    first, none = good.int().argmax(0, keepdim=True), ~good.any()           # the first good try
     return cut(middle[first], half[first])[0] | none, kept[first][0] | none
 
 
@@ -256,19 +267,21 @@ class SetAbstraction(nn.Module):
     The paper says "the same as for classification", but its detector in LAMM has this one. A patch
     is the K nearest points within `radius`, the nearest one repeated where there are fewer; the
     release takes the first K in file order. Its 2048 * 64 points are the cloud 3.3 times over; with
-    fewer tokens or neighbours, patches are drawn from fewer points, so that they overlap as much.
+    fewer tokens or neighbours, patches are drawn from `source` points: they overlap as much.
     """
 
-    def __init__(self, tokens, radius, neighbours, width):
+    def __init__(self, tokens, radius, neighbours, source, width):
         super().__init__()
-        self.tokens, self.radius, self.neighbours = tokens, radius, neighbours
+        self.tokens, self.radius = tokens, radius
+        self.neighbours, self.source = neighbours, source
         self.mlp = layers(3, 64, 128, width)
 
     def forward(self, points):
         xyz = points[..., :3].contiguous()                              # (B, N, 3)
         centers = gather(xyz, farthest_point_sample(xyz, self.tokens))  # (B, G, 3)
-        fewer = max(self.neighbours, self.tokens * self.neighbours * 40_000 // (2048 * 64))
-        source = torch.cat([centers, xyz[:, :fewer]], 1) if fewer < xyz.shape[1] else xyz
+        source = xyz                                                    # their order is random
+        if self.source < xyz.shape[1]:
+            source = torch.cat([centers, xyz[:, :self.source]], 1)
         dist2, idx = knn(centers, source, self.neighbours)              # (B, G, K)
         idx = torch.where(dist2 <= self.radius ** 2, idx, idx[..., :1])
         offset = (gather(source, idx) - centers[:, :, None]) / self.radius      # (B, G, K, 3)
@@ -296,12 +309,12 @@ class DecoderLayer(nn.Module):
                                  nn.Linear(width, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, query, memory, position):                      # (B, Q, 256), (B, G, 256)
+    def forward(self, x, position, memory, memory_position):            # (B, Q, 256), (B, G, 256)
         y = self.norms[0](x)
-        y = self.own(y + query, y + query, y, need_weights=False)[0]
+        y = self.own(y + position, y + position, y, need_weights=False)[0]
         x = x + self.dropout(y)
         y = self.norms[1](x)
-        y = self.cross(y + query, memory + position, memory, need_weights=False)[0]
+        y = self.cross(y + position, memory + memory_position, memory, need_weights=False)[0]
         x = x + self.dropout(y)
         return x + self.dropout(self.ffn(self.norms[2](x)))
 
@@ -324,13 +337,13 @@ class Detector(nn.Module):
         super().__init__()
         r = Recipe(**cfg["recipe"])
         self.queries, self.content = r.queries, r.content
-        self.tokenizer = SetAbstraction(r.tokens, r.radius, r.neighbours, clip.width)
+        self.tokenizer = SetAbstraction(r.tokens, r.radius, r.neighbours, r.source, clip.width)
         self.encoder = EPCLEncoder(clip, task_tokens=classes + 1, class_token=False,
                                    **encoder_options(cfg))
         self.project = layers(clip.width, clip.width, clip.width, width)
         self.register_buffer("fourier", torch.randn(3, width // 2))     # fixed, and must be saved
-        self.query = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width),
-                                   nn.ReLU())
+        self.query_mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width),
+                                       nn.ReLU())
         decoder = [DecoderLayer(width, r.decoder_dropout) for _ in range(r.layers)]
         self.decoder = nn.ModuleList(decoder)
         self.norm = nn.LayerNorm(width)
@@ -338,31 +351,32 @@ class Detector(nn.Module):
         self.heads = nn.ModuleDict({
             name: nn.Sequential(*layers(width, width, width, dropout=r.head_dropout),
                                 nn.Linear(width, n)) for name, n in outputs.items()})
-        for part in (self.decoder, self.heads, self.query):             # as 3DETR
+        for part in (self.decoder, self.heads, self.query_mlp):         # as 3DETR
             for weight in part.parameters():
                 if weight.ndim > 1:
                     nn.init.xavier_uniform_(weight)
 
-    def position(self, xyz, low, high):
-        """Fourier features of the place within the scene: (B, Q, 3) -> (B, Q, 256)."""
+    def fourier_features(self, xyz, low, high):
+        """Of the place within the scene: (B, Q, 3) -> (B, Q, 256). Never in bf16: too coarse."""
         share = (xyz - low[:, None]) / (high - low).clamp_min(1e-3)[:, None]
-        phase = 2 * torch.pi * share.float() @ self.fourier
-        return torch.cat([phase.sin(), phase.cos()], -1)
+        with torch.autocast(xyz.device.type, enabled=False):
+            phase = 2 * torch.pi * share.float() @ self.fourier
+            return torch.cat([phase.sin(), phase.cos()], -1)
 
     def forward(self, points, low, high):
         tokens, centers = self.tokenizer(points)                        # (B, G, D), (B, G, 3)
         memory = self.project(self.encoder(tokens, centers).patches)    # (B, G, 256)
         chosen = farthest_point_sample(centers, self.queries)           # (B, Q)
         place = gather(centers, chosen)                                 # (B, Q, 3)
-        query = self.query(self.position(place, low, high))             # (B, Q, 256)
-        position = self.position(centers, low, high)                    # (B, G, 256)
-        x = gather(memory, chosen) if self.content == "token" else torch.zeros_like(query)
+        position = self.query_mlp(self.fourier_features(place, low, high))      # (B, Q, 256)
+        memory_position = self.fourier_features(centers, low, high)     # (B, G, 256)
+        x = gather(memory, chosen) if self.content == "token" else torch.zeros_like(position)
         levels = []
         for layer in self.decoder:
-            x = layer(x, query, memory, position)
+            x = layer(x, position, memory, memory_position)
             levels.append(self.norm(x))
         x = torch.cat(levels)                                           # (L B, Q, 256): BN sees all
-        shape = (len(levels), *query.shape[:2], -1)
+        shape = (len(levels), *position.shape[:2], -1)
         out = {name: head(x).float().view(shape) for name, head in self.heads.items()}
         extent = (high - low).clamp_min(0.1)[:, None]                   # (B, 1, 3)
         center = place + out["center"].sigmoid() - 0.5                  # at most half a metre away
@@ -434,6 +448,7 @@ def losses(out, batch):
              "giou": 1 - iou_terms(boxes, batch.boxes)[1],
              "angle": F.huber_loss(angle, torch.zeros_like(angle), reduction="none")}
     terms = {name: (x * real).sum() / count for name, x in terms.items()}
+    # the last term is 0: DDP wants a gradient for every weight, those of angle_class included
     terms["class"] = (ce.view(L, -1).sum(1) / all_reduce(total)).sum() + 0 * out.angle_class.sum()
     return {name: WEIGHT[name] * x * world for name, x in terms.items()}
 
@@ -542,8 +557,8 @@ def evaluate(model, scenes, setup, recipe):
 
 
 def mean_ap(result):
-    return {t: float(np.nanmean(ap)) if np.isfinite(ap).any() else 0.0
-            for t, (ap, _) in result.items()}
+    """Over all classes, as 3DETR: one without a true box in these scenes counts 0."""
+    return {t: float(np.nan_to_num(ap).sum() / max(len(ap), 1)) for t, (ap, _) in result.items()}
 
 
 def table(result, classes, scenes):
@@ -556,25 +571,31 @@ def table(result, classes, scenes):
         if count[k]:
             cells = "".join(f"{100 * column[k]:9.1f}" for column in columns)
             lines.append(f"{name:16s}{count[k]:6d}{cells}")
-    cells = "".join(f"{100 * np.nanmean(column):9.1f}" for column in columns)
-    return [*lines, f"{'mean':16s}{count.sum():6d}{cells}"]
+    cells = "".join(f"{100 * np.nan_to_num(column).mean():9.1f}" for column in columns)
+    lines.append(f"{'mean':16s}{count.sum():6d}{cells}")
+    if not count.all():
+        cells = "".join(f"{100 * np.nanmean(column):9.1f}" for column in columns)
+        lines.append(f"{f'of {np.count_nonzero(count)} that occur':22s}{cells}")
+    return lines
 
 
-def export(folder, scenes, found, classes):
+def export(folder, scenes, detections, classes):
     """NAME.ply: points in grey, edges of true boxes green, of detections of LEAST_SCORE red.
     NAME.json: these detections, as --data folder reads them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for scene, d in zip(scenes, found):
+    for scene, d in zip(scenes, detections):
         best = d.scores.max(1, initial=0)
         shown = np.flatnonzero(best >= LEAST_SCORE)
         height = scene.xyz[:, 2].numpy()
         grey = 90 + 150 * (height - height.min()) / max(float(np.ptp(height)), 1e-6)
-        write_boxes(folder / f"{scene.name}.ply", scene.xyz.numpy(), np.repeat(grey[:, None], 3, 1),
-                    {GREEN: scene.boxes.numpy(), RED: d.boxes[shown]})
-        listed = [{"class": classes[d.scores[i].argmax()], "center": d.boxes[i, :3].tolist(),
-                   "size": d.boxes[i, 3:].tolist(), "score": float(best[i])} for i in shown]
+        back = np.append(scene.offset, np.zeros(3))                     # to the frame that was read
+        true, found = scene.boxes.numpy() + back, d.boxes + back
+        write_boxes(folder / f"{scene.name}.ply", scene.xyz.numpy() + scene.offset,
+                    np.repeat(grey[:, None], 3, 1), {GREEN: true, RED: found[shown]})
+        listed = [{"class": classes[d.scores[i].argmax()], "center": found[i, :3].tolist(),
+                   "size": found[i, 3:].tolist(), "score": float(best[i])} for i in shown]
         with open(folder / f"{scene.name}.json", "w", encoding="utf-8") as file:
             json.dump(listed, file, indent=1)
 
@@ -588,7 +609,7 @@ def train(model, scenes, test, run):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr,
                                   weight_decay=recipe.decay)
     if setup.fits(sum(s.xyz.nbytes for s in scenes)):
-        scenes = [Scene(s.name, *(x.to(setup.device) for x in s[1:])) for s in scenes]
+        scenes = [Scene(s.name, *(x.to(setup.device) for x in s[1:4])) for s in scenes]
     steps = max(1, -(-len(scenes) // recipe.batch_size))
     head = "epoch     loss" + "".join(f"{name:>8}" for name in WEIGHT) + "  mAP@.25  mAP@.50"
 
@@ -716,7 +737,8 @@ def settings(args):
     recipe = RECIPES[args.like or args.data or "synthetic"]
     if args.tokens:                         # fewer tokens, wider patches: as much of the room
         radius = round(recipe.radius * (recipe.tokens / args.tokens) ** 0.5, 4)
-        recipe = recipe._replace(radius=radius, queries=min(recipe.queries, args.tokens))
+        recipe = recipe._replace(radius=radius, queries=min(recipe.queries, args.tokens),
+                                 source=recipe.source * args.tokens // recipe.tokens)
     recipe = with_flags(recipe, args)
     if not recipe.queries <= recipe.tokens <= recipe.points:
         raise InputError(f"--queries {recipe.queries} must be at most --tokens {recipe.tokens}, "

@@ -203,7 +203,10 @@ def load_data(cfg):
         classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic.py"
     else:
         path = objects.prepare(cfg["data"], cfg["root"], recipe.stored, cfg["workers"])
-        *parts, classes, form = objects.load(path, recipe.points, cfg["test_fraction"])
+        if "split" not in cfg:
+            cfg["split"] = objects.split_of(path, cfg["test_fraction"])
+        *parts, classes, form = objects.load(path, recipe.points, cfg["test_fraction"],
+                                             cfg["split"])
     train, test = (Objects(*map(torch.from_numpy, part)) for part in parts)
     if recipe.unit:
         train = train._replace(xyz=objects.unit_sphere(train.xyz))
@@ -312,12 +315,12 @@ class Encoders:
     def __init__(self, cfg, classes, setup):
         self.cfg, self.setup = cfg, setup
         clip = common.load_clip(cfg["clip"], cfg["seed"])
-        self.name, self.sha256, self.untrained = clip.name, clip.sha256, clip.untrained
+        self.name, self.model, self.sha256 = clip.name, clip.model, clip.sha256
         text = prompt_features(clip, classes) if cfg["text_loss"] != "off" else None
         self.text = None if text is None else text.to(setup.device)         # (C, 512)
         self.frozen, self.random, self.unfrozen = self.hold(clip), None, None
         if "random" in cfg["compare"]:
-            self.random = self.hold(common.load_clip(self.untrained, cfg["seed"]))
+            self.random = self.hold(common.load_clip(f"{clip.model}=random", cfg["seed"]))
         if "unfreeze" in cfg["compare"]:
             self.unfrozen = common.load_clip(cfg["clip"], cfg["seed"], trainable=True)
             self.unfrozen.text = None
@@ -451,6 +454,8 @@ def main(argv=None):
     if data:
         classes, form = data.classes, data.form
     episodes = list_episodes(cfg, data, classes, folder / "episodes" if saved else None)
+    for way, shot in cfg["settings"]:
+        common.check_batch(way * shot, cfg)
     encoders = Encoders(cfg, classes, setup)
     random = encoders.random
     if random and len(cfg["compare"]) > 1 and encoders.sha256 == random.sha256:
@@ -604,6 +609,8 @@ def settings(args):
         raise InputError("--compile: every episode would be compiled anew; leave it out")
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "fewshot")
+        if args.eval and args.clip:
+            raise InputError("--eval prints what is saved and reads no weights; leave --clip out")
         if args.eval and not saved["at"]["epoch"]:
             raise InputError(f"--eval {args.eval}: the run is not finished; --resume {args.eval} "
                              "goes on")

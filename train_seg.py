@@ -26,7 +26,7 @@ import common
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import s3dis
-from data.files import BrokenFile, own_clouds, read_cloud, write_ply
+from data.files import BrokenFile, check_span, own_clouds, read_cloud, write_ply
 from kernels import farthest_point_sample, interpolate, knn
 from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
                  parameter_groups, rank, recipe_parser, saved_settings, seed_of,
@@ -68,7 +68,8 @@ SYNTHETIC = (60, 10, 12_000)        # rooms to train, to test, points of a room
 LEAST = 1024                # points of a training block, of 4096 [Pointnet_Pointnet2_pytorch]
 IGNORE = -1                 # label of points that belong to no class
 GET_FOLDER = ("pass --root FOLDER with FOLDER/classes.txt, a name in each line, and FOLDER/"
-              "{train,test}/NAME.npy, .npz or .ply with labels: the line's number from 0, or -1")
+              "{train,test}/NAME.npy, .npz or .ply with labels: the line's number from 0, or -1; "
+              "or with FOLDER/Area_N/ROOM/Annotations/CLASS_N.txt, as S3DIS")
 
 
 # ---- Data: files -> rooms in memory --------------------------------------------------------------
@@ -77,6 +78,8 @@ class Room(NamedTuple):
     xyz: torch.Tensor                       # (n, 3) float32, metres, z up, its lowest corner at 0
     rgb: torch.Tensor                       # (n, 3) uint8
     label: torch.Tensor                     # (n,) int16, IGNORE: no class
+    scale: float = 1.0                      # what was read = xyz / scale + offset
+    offset: np.ndarray = np.zeros(3)
 
 
 def load_rooms(cfg):
@@ -92,21 +95,31 @@ def load_rooms(cfg):
         *parts, form = scans(root, cfg["workers"], cfg["skip_broken"], needs="sem_label")
         classes = SCANNET_POINTS
     else:
-        *parts, names = own_clouds(root, ("train", "test"), GET_FOLDER)
-        if not names:
-            raise InputError(f"{root}/classes.txt: missing; {GET_FOLDER}")
-        classes, form = {name: k for k, name in enumerate(names)}, f"clouds under {root}"
+        *parts, names, form = own_rooms(root, cfg)
+        classes = {name: k for k, name in enumerate(names)}
     known = 41 if cfg["data"] == "scannet" else len(classes)    # nyu40's labels, or ours
-    rooms, left_out = [[], []], []
+    rooms, notes = [[], []], [form]
+    if cfg["scale"] != 1:
+        notes.append(f"coordinates times {cfg['scale']:g}")
     for found, paths in zip(rooms, parts):
         for path in tqdm(paths, desc="reading", unit="room", disable=None, leave=False):
             try:
-                found.append(read_room(path, list(classes.values()), known))
+                found.append(read_room(path, list(classes.values()), known, cfg["scale"]))
             except BrokenFile as error:
                 if not cfg["skip_broken"]:
                     raise
-                left_out.append(f"LEFT OUT {error}")
-    return *rooms, tuple(classes), "; ".join([form, *left_out])
+                notes.append(f"LEFT OUT {error}")
+    return *rooms, tuple(classes), "; ".join(notes)
+
+
+def own_rooms(root, cfg):
+    """Anybody's own rooms, in either layout -> paths to train, to test, classes, what was found."""
+    if s3dis.has_own_rooms(root):
+        return s3dis.own_rooms(root, cfg["test_area"], cfg["workers"], cfg["skip_broken"])
+    *parts, names = own_clouds(root, ("train", "test"), GET_FOLDER)
+    if not names:
+        raise InputError(f"{root}/classes.txt: missing; {GET_FOLDER}")
+    return *parts, names, f"clouds under {root}"
 
 
 def load_synthetic():
@@ -119,25 +132,29 @@ def load_synthetic():
     return *parts, ROOM_CLASSES, "procedural rooms of data/synthetic.py"
 
 
-def read_room(path, numbers=(), known=None):
+def read_room(path, numbers=(), known=None, scale=1.0):
     """A prepared NAME.npz or anybody's cloud -> Room.
 
     known: how many labels there are (None: do not read them); those of `numbers` become class 0, 1,
-    ..., others IGNORE.
+    ..., others IGNORE. scale: metres of a unit of the file.
     """
-    cloud, name = read_cloud(path, known), Path(path).stem
-    if known is None:
-        return room_of(name, cloud.xyz, cloud.rgb, np.full(len(cloud.xyz), IGNORE))
-    label_of = np.full(known + 1, IGNORE)                       # the last entry is that of -1
-    label_of[numbers] = range(len(numbers))
-    return room_of(name, cloud.xyz, cloud.rgb, label_of[cloud.label])
+    cloud, label = read_cloud(path, known), np.full(1, IGNORE)
+    if known is not None:
+        label_of = np.full(known + 1, IGNORE)                   # the last entry is that of -1
+        label_of[numbers] = range(len(numbers))
+        label = label_of[cloud.label]
+    room = room_of(Path(path).stem, cloud.xyz, cloud.rgb, label, scale)
+    check_span(path, room.xyz.numpy(), "pass --scale S, 0.001 if these are millimetres,")
+    return room._replace(offset=room.offset + cloud.offset)
 
 
-def room_of(name, xyz, rgb, label):
-    """Arrays -> Room. rgb None: black."""
+def room_of(name, xyz, rgb, label, scale=1.0):
+    """Arrays -> Room. rgb None: black. label: of each point, or of all."""
     rgb = np.zeros((len(xyz), 3), np.uint8) if rgb is None else rgb
-    return Room(name, torch.from_numpy(xyz - xyz.min(0)), torch.from_numpy(rgb),
-                torch.from_numpy(label.astype(np.int16)))
+    low = xyz.min(0)
+    label = np.broadcast_to(label, len(xyz)).astype(np.int16)
+    return Room(name, torch.from_numpy((xyz - low) * scale), torch.from_numpy(rgb),
+                torch.from_numpy(label), scale, low.astype(np.float64))
 
 
 # ---- A room -> the blocks of a step --------------------------------------------------------------
@@ -267,7 +284,9 @@ def windows(xyz, block):
         ends = np.searchsorted(x, left - .001), np.searchsorted(x, left + block + .001, "right")
         strip = order[slice(*ends)]
         y = xy[strip, 1]
-        for low in starts[1]:
+        # near a point: of a sparse cloud most columns are empty
+        cells = np.unique((y / (block / 2)).astype(np.int64))[:, None] + np.arange(-3, 4)
+        for low in starts[1][np.unique(cells.clip(0, len(starts[1]) - 1))]:
             rows = strip[(y >= low - .001) & (y <= low + block + .001)]
             if len(rows):
                 middle = torch.tensor([left, low], dtype=torch.float32) + block / 2
@@ -362,10 +381,11 @@ def colour(label):
 
 
 def write_labels(folder, room, predicted):
-    """NAME.ply, points coloured by label, and NAME.npy, the labels (n,)."""
+    """NAME.ply, the points that were read, coloured by label, and NAME.npy, the labels (n,)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_ply(folder / f"{room.name}.ply", room.xyz.numpy(), colour(predicted.numpy()))
+    xyz = room.xyz.double().numpy() / room.scale + room.offset         # as they were read
+    write_ply(folder / f"{room.name}.ply", xyz, colour(predicted.numpy()))
     np.save(folder / f"{room.name}.npy", predicted.numpy().astype(np.int16))
 
 
@@ -376,7 +396,7 @@ def train(model, rooms, test, run):
     wrapped = setup.wrap(model, cfg["compile"])
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.decay), lr=recipe.lr)
     if setup.fits(sum(room.xyz.nbytes * 2 for room in rooms)):
-        rooms = [Room(room.name, *(x.to(setup.device) for x in room[1:])) for room in rooms]
+        rooms = [Room(room.name, *(x.to(setup.device) for x in room[1:4])) for room in rooms]
     size = np.array([len(room.xyz) for room in rooms])
     steps = max(1, round(size.sum() / recipe.points / recipe.batch_size))
     head = "epoch     loss  train OA     mIoU     mAcc       OA"
@@ -436,6 +456,8 @@ def train_step(model, optimizer, rooms, rows, run):
 def main(argv=None):
     args = flags(argv)
     cfg, saved, folder = settings(args)
+    if args.scale and cfg["data"] == "synthetic" and not args.predict:
+        raise InputError("--scale belongs to clouds from files; leave it out")
     setup = Setup(args.device, cfg["precision"])
     if args.predict:
         return predict(args, args.export or folder / "predicted", cfg, saved, setup)
@@ -495,7 +517,8 @@ def main(argv=None):
 
 def predict(args, folder, cfg, saved, setup):
     """Labels for anybody's clouds, with a saved run."""
-    rooms = [read_room(file) for file in args.predict]      # all can be read, or none is labelled
+    # all can be read, or none is labelled
+    rooms = [read_room(file, scale=cfg["scale"]) for file in args.predict]
     names = [room.name for room in rooms]
     for name in names:
         if names.count(name) > 1:
@@ -510,8 +533,10 @@ def predict(args, folder, cfg, saved, setup):
         share = torch.bincount(predicted, minlength=len(classes)).float() / len(predicted)
         most = share.argsort(descending=True)[:5].tolist()
         found = ", ".join(f"{classes[k]} {100 * share[k]:.0f} %" for k in most if share[k] > 0)
-        colours = "" if room.rgb.any() else "; it has no colours"
-        print(f"{file}: {len(predicted):,} points, {found}{colours} -> {folder}/{room.name}.ply, "
+        notes = "" if room.rgb.any() else "; it has no colours"
+        if room.scale != 1:
+            notes += f"; coordinates times {room.scale:g}"
+        print(f"{file}: {len(predicted):,} points, {found}{notes} -> {folder}/{room.name}.ply, "
               ".npy")
 
 
@@ -533,8 +558,10 @@ def flags(argv):
          help="points of a block; a quarter of them become tokens")
     flag("--like", choices=RECIPES, help="take another row of the table: `synthetic` suits few "
                                          "rooms and no GPU")
-    flag("--test-area", type=int, choices=range(1, 7), metavar="A",
-         help="S3DIS: the area that tests (default 5)")
+    flag("--test-area", type=lambda text: int(text) if text.isdecimal() else text, metavar="A",
+         help="S3DIS, or your rooms in its layout: the area that tests (default 5)")
+    flag("--scale", type=float, metavar="S", help="multiply the coordinates of --root or --predict "
+                                                  "by S, e.g. 0.001 for millimetres")
     flag("--vote", type=whole(1), metavar="N", help="with --eval: sum the logits of N shuffles")
     flag("--predict", nargs="+", metavar="FILE",
          help="with --eval: label these clouds (.ply, .npy, .npz)")
@@ -547,11 +574,15 @@ def flags(argv):
 
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
+    if args.scale is not None and not 0 < args.scale < float("inf"):
+        raise InputError(f"--scale {args.scale:g} must be above 0, e.g. 0.001 for millimetres")
     if (args.predict or args.vote) and not args.eval:
         raise InputError("--predict and --vote need a run: add --eval runs/seg-...")
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "seg")
-        return {**cfg, "skip_broken": args.skip_broken}, saved, folder
+        cfg["scale"] = args.scale or cfg.get("scale", 1.0)
+        cfg["skip_broken"] = args.skip_broken
+        return cfg, saved, folder
     data = args.data or "synthetic"
     recipe = with_flags(RECIPES[args.like or data], args)
     recipe = recipe._replace(tokens=recipe.points // 4)
@@ -559,11 +590,15 @@ def settings(args):
         raise InputError(f"--points {recipe.points}: a quarter of them become tokens, and each "
                          f"needs {recipe.neighbours} neighbours; give at least "
                          f"{4 * recipe.neighbours}")
-    if args.test_area and data != "s3dis":
-        raise InputError(f"--test-area belongs to --data s3dis, not {data}; leave it out")
+    if args.test_area and data != "s3dis" and not (
+            data == "folder" and s3dis.has_own_rooms(args.root or "data/folder")):
+        raise InputError("--test-area belongs to --data s3dis and to folders in its layout, ROOT/"
+                         "Area_N/ROOM/Annotations; leave it out")
+    if data == "s3dis" and args.test_area not in (None, *range(1, 7)):
+        raise InputError(f"--test-area {args.test_area}: S3DIS has the areas 1 to 6")
     cfg = shared_settings(args, recipe, synthetic_clip="timm:test_vit=random")
     return {**cfg, "like": args.like, "test_area": args.test_area or 5,
-            "skip_broken": args.skip_broken}, None, None
+            "scale": args.scale or 1.0, "skip_broken": args.skip_broken}, None, None
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""Files -> arrays, one reader for each format; meshes -> points; points -> PLY.
+"""Files -> arrays, one reader for each format; points, meshes and boxes -> PLY.
 
-    xyz, faces = read_object(blob, ".off")          one object, from the bytes of its file
     cloud = read_cloud("room.ply", classes=13)      a room: points, colours, labels
     names, boxes = read_boxes("room.json")
 
 Whatever is wrong with a file is a BrokenFile of one line, or a ValueError where the caller knows
 the file's name.
 """
-import io
 import json
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -19,11 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from run import InputError
+from run import InputError, rank
 
-MESHES = (".off", ".obj", ".stl")
-CLOUDS = (".npy", ".npz", ".xyz", ".txt", ".csv", ".pcd")
-SUFFIXES = (*MESHES, ".ply", *CLOUDS)       # a .ply may be either
+ROOMS = (".ply", ".npy", ".npz")            # of a room, or a scene
 PLY_TYPES = {"char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2",
              "ushort": "u2", "uint16": "u2", "int": "i4", "int32": "i4", "uint": "u4",
              "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8"}
@@ -42,72 +39,23 @@ def broken(where, error, cure="repair the file or move it out of the data"):
     return BrokenFile(f"{where}: {text or type(error).__name__}; {cure}")
 
 
-# ---- One object: the bytes of a file -> points, or a mesh ----------------------------------------
-
-def read_object(blob, suffix):
-    """The content of a file -> (points or vertices (N, 3) float32, faces (F, 3) int64 or None).
-
-    Raises ValueError with what is wrong; the caller knows the file's name.
-    """
-    faces = None
-    if suffix == ".ply":
-        vertices, faces = read_ply(blob)
-        xyz = columns(vertices, "x", "y", "z")
-    elif suffix in MESHES:
-        xyz, faces = read_mesh(blob, suffix)
-    elif suffix == ".npy":
-        xyz = np.load(io.BytesIO(blob), allow_pickle=False)
-    elif suffix == ".npz":
-        arrays = np.load(io.BytesIO(blob), allow_pickle=False)
-        usual = [n for n in ("xyz", "points", "pos", "data") if n in arrays.files]
-        xyz = arrays[(usual or arrays.files)[0]]
-    elif suffix == ".pcd":
-        xyz = read_pcd(blob)
-    else:                       # text: blanks, commas or semicolons; a heading is skipped
-        text = blob.decode("utf-8", "replace").replace(",", " ").replace(";", " ")
-        numbers = tuple("+-.0123456789nN")
-        lines = [line for line in text.splitlines() if line.lstrip().startswith(numbers)]
-        xyz = np.loadtxt(lines, ndmin=2)
-    xyz = np.asarray(xyz)
-    if xyz.ndim != 2 or xyz.shape[1] < 3 or len(xyz) == 0 or xyz.dtype.kind not in "fiu":
-        raise ValueError(f"expected rows of x y z, found {xyz.dtype} of shape {xyz.shape}")
-    xyz = xyz[:, :3].astype(np.float32)
-    bad = np.count_nonzero(~np.isfinite(xyz).all(1))
-    if bad:
-        raise ValueError(f"{bad:,} of {len(xyz):,} points are NaN or infinite")
-    if faces is not None and not 0 <= faces.min() <= faces.max() < len(xyz):
-        raise ValueError(f"a face names vertex {faces.max()}, but there are {len(xyz):,}")
-    return xyz, faces
+def text_of(blob, errors="strict"):
+    """Bytes -> text. Windows puts a mark before UTF-8, and before UTF-16, which it also writes."""
+    wide = blob.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return blob.decode("utf-16" if wide else "utf-8-sig", errors)
 
 
-def read_mesh(blob, suffix):
-    """OFF, OBJ, STL through trimesh: text or binary, polygons, ModelNet's `OFF490 518 0`."""
-    import trimesh                          # here, so that --help stays quick
-    mesh = trimesh.load(io.BytesIO(blob), file_type=suffix[1:], process=False, skip_materials=True)
-    if isinstance(mesh, trimesh.Scene):
-        mesh = trimesh.util.concatenate(list(mesh.geometry.values()))
-    faces = np.asarray(getattr(mesh, "faces", ()), np.int64).reshape(-1, 3)
-    if suffix == ".off":                    # trimesh does not mind missing lines
-        lines = blob.replace(b"OFF", b" ", 1).split(b"\n")
-        lines = [line.partition(b"#")[0].split() for line in lines]
-        (vertices, polygons, *_), *lines = [line for line in lines if line]
-        missing = int(vertices) + int(polygons) - len(lines)
-        if missing > 0 or int(polygons) and len(lines[-1]) <= int(lines[-1][0]):
-            raise ValueError(f"cut short: the header promises {int(vertices):,} vertices and "
-                             f"{int(polygons):,} faces, the last {max(missing, 1):,} are not there")
-    if len(faces) == 0:
-        raise ValueError("no faces; save a cloud as .ply, .npy or .xyz instead")
-    return np.asarray(mesh.vertices), faces
-
+# ---- PLY, PCD ------------------------------------------------------------------------------------
 
 def read_ply(blob, faces=True):
-    """A PLY, text or binary -> (vertices, structured (N,), triangles (F, 3) int64 or None).
+    """A PLY, text or binary -> (vertices, structured (N,), polygons (F, n) or a list, or None).
 
     A vertex has a field for each of its numbers. Other elements are passed over; faces=False passes
     over the faces, too. Our own reader: trimesh's stops at binary faces of different lengths and at
     remarks that are not UTF-8, and gives no labels; plyfile's licence (GPL) does not go with ours.
     """
-    head = re.match(rb"ply[ \t\r]*\n(.*?)\r?\nend_header[ \t]*\r?\n", blob, re.DOTALL)
+    head = re.match(rb"(?:\xef\xbb\xbf)?ply[ \t\r]*\n(.*?)\r?\nend_header[ \t]*\r?\n", blob,
+                    re.DOTALL)
     if head is None:
         raise ValueError("not a PLY file, or cut short in its header")
     order, elements = ply_header(head[1].decode("ascii", "replace"))
@@ -126,11 +74,13 @@ def read_ply(blob, faces=True):
         vertices[name] = column
     if len(vertices) == 0:
         raise ValueError("has no points")
-    polygons = found["face"].get("vertex_indices", found["face"].get("vertex_index", []))
-    if len(polygons) == 0:
+    if not faces:
         return vertices, None
-    from trimesh.geometry import triangulate_quads
-    return vertices, np.asarray(triangulate_quads(polygons), np.int64).reshape(-1, 3)
+    names = {name for name, count, _ in elements if count}
+    polygons = found["face"].get("vertex_indices", found["face"].get("vertex_index"))
+    if "tristrips" in names or "face" in names and polygons is None:
+        raise ValueError("its faces are not lists of vertex_indices; save it again as triangles")
+    return vertices, None if polygons is None or len(polygons) == 0 else polygons
 
 
 def ply_header(text):
@@ -166,7 +116,10 @@ def ply_rows(body, start, count, properties, order):
 
     def numbers(positions, n, kind):                            # (r,) -> (r, n)
         found = body[np.asarray(positions)[:, None] + np.arange(n * size(kind))]
-        return found.view(order + kind) if order else found.astype("f8").astype(kind)
+        if order:
+            return found.view(order + kind)
+        # a text keeps the digits that `property float` would lose
+        return found.astype("f8").astype("f8" if kind == "f4" else kind)
 
     def row(start):             # -> where the numbers of each property begin, how many, the end
         begins, amounts = [], []
@@ -216,9 +169,24 @@ def ply_rows(body, start, count, properties, order):
     return columns, start
 
 
-def columns(table, *names):
-    """Fields of a structured array as the columns (n, len(names)) of a float32 array."""
-    return np.stack([table[name].astype(np.float32) for name in names], 1)
+def columns(table, *names, kind=np.float32):
+    """Fields of a structured array as columns (n, len(names)). kind None: the type they have."""
+    return np.stack([table[name].astype(kind or table[name].dtype) for name in names], 1)
+
+
+def near_origin(xyz):
+    """Coordinates (n, 3) -> (less offset, float32; offset (3,) float64, whole numbers).
+
+    Beyond 10 km from the origin float32 steps by more than 1 mm, at UTM's 5,000 km by half a metre.
+    Such a cloud is moved to its lowest corner before it becomes float32; others stay as they are.
+    """
+    offset = np.zeros(3)
+    if len(xyz) and np.abs(xyz).max() > 1e4:
+        offset = np.floor(xyz.min(0).astype(np.float64))
+        xyz = xyz.astype(np.float64) - offset
+        if xyz.max() > np.finfo(np.float32).max:
+            raise ValueError("has coordinates too large to be meant")
+    return np.ascontiguousarray(xyz, np.float32), offset
 
 
 def read_pcd(blob):
@@ -316,23 +284,99 @@ def read_pickle(path):
 
 
 def zip_members(path, suffix):
-    """The names of an archive's members that end with `suffix`."""
+    """The names of an archive's members that end with `suffix`, in any case."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile:
         raise BrokenFile(f"{path}: not a readable .zip (cut short?); fetch it again") from None
-    return [n for n in names if n.endswith(suffix) and not n.startswith("__MACOSX")]
+    names = [name for name in names if name.lower().endswith(suffix)]
+    names = [name for name in names if not any(map(is_litter, name.split("/")))]
+    refuse_copies(Path(f"{path}::{name}") for name in names)
+    return names
+
+
+# ---- Which files of a folder count ---------------------------------------------------------------
+
+COPY = re.compile(r"(.+?)( ?\(\d+\)| (- )?(copy|kopie|copie|copia)( \(?\d+\)?)?)", re.IGNORECASE)
+
+
+def is_litter(name):
+    """Whether an operating system left a file behind, or it is hidden: ._NAME, Thumbs.db, ..."""
+    return name.startswith(".") or name.lower() in ("__macosx", "thumbs.db", "desktop.ini")
+
+
+def files_in(folder, suffixes):
+    """-> a folder's files with these suffixes, in any case, sorted; all others in and below it.
+
+    Litter is neither. Copies are refused.
+    """
+    found, others = [], []
+    for path in sorted(Path(folder).rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_dir() or any(map(is_litter, parts)):
+            continue
+        mine = len(parts) == 1 and path.suffix.lower() in suffixes
+        (found if mine else others).append(path)
+    refuse_copies(found)
+    return found, others
+
+
+def loose_in(folder, suffixes):
+    """The files with these suffixes in the folder itself, where subfolders are expected."""
+    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes
+                  and path.is_file() and not is_litter(path.name))
+
+
+def refuse_copies(paths):
+    """An InputError where one object or room would count twice: a.ply, a.npy; a.ply, a (1).ply."""
+    paths = list(paths)
+    first = {(path.parent, path.stem): path for path in reversed(paths)}
+    for path in paths:
+        copy = COPY.fullmatch(path.stem)
+        other = first.get((path.parent, copy[1] if copy else path.stem), path)
+        if other != path:
+            raise InputError(f"{path}: by its name a copy of {other.name}, which would count "
+                             "twice; remove one of them, or rename it")
+
+
+def passed_over(folder, others):
+    """One line on what is in a folder and not read; "" where that is nothing."""
+    if not others:
+        return ""
+    names = [path.relative_to(folder).as_posix() for path in others[:3]] + ["..."] * (
+        len(others) > 3)
+    return (f"{folder}: passed over {len(others):,} file{'s' * (len(others) > 1)}: "
+            f"{', '.join(names)}")
+
+
+def say(lines):
+    """Print each line on stderr, once for all processes."""
+    for line in lines:
+        if line and rank() == 0:
+            print(line, file=sys.stderr)
+
+
+def part_folder(root, part):
+    """ROOT/PART. Where `test` is expected `val` will do, and the other way round, but not both."""
+    other = {"test": "val", "val": "test"}.get(part)
+    if not other or not (root / other).is_dir():
+        return root / part
+    if (root / part).is_dir():
+        raise InputError(f"{root}: has both {part}/ and {other}/, and a run tests on one; move the "
+                         "other out")
+    return root / other
 
 
 # ---- One room: prepared, or anybody's own --------------------------------------------------------
 
 class Cloud(NamedTuple):
-    xyz: np.ndarray                         # (n, 3) float32
+    xyz: np.ndarray                         # (n, 3) float32, the file's coordinates less `offset`
     rgb: np.ndarray = None                  # (n, 3) uint8
     label: np.ndarray = None                # (n,) int64, -1: no class
     instance: np.ndarray = None             # (n,) int64
-    boxes: np.ndarray = None                # (k, 7) float32: centre, full side lengths, class
+    boxes: np.ndarray = None                # (k, 7) float32: centre less offset, sizes, class
+    offset: np.ndarray = np.zeros(3)        # (3,) float64
 
 
 def read_npy(path, columns):
@@ -349,18 +393,33 @@ def read_npy(path, columns):
 
 def clouds_in(folder):
     """The clouds of a folder, sorted."""
-    return sorted(p for p in Path(folder).glob("*") if p.suffix in (".ply", ".npy", ".npz"))
+    return files_in(folder, ROOMS)[0]
 
 
 def own_clouds(root, parts, how_to):
-    """ROOT/PART/NAME.* -> the clouds of each part; the names in ROOT/classes.txt, () without it."""
-    found = [clouds_in(root / part) for part in parts]
-    for part, paths in zip(parts, found):
+    """ROOT/PART/NAME.* -> the clouds of each part; the names in ROOT/classes.txt, () without it.
+
+    Names on stderr what is passed over. A NAME.json beside NAME.* holds its boxes.
+    """
+    found = []
+    if root.is_dir():
+        say([passed_over(root, loose_in(root, ROOMS))])
+    for folder in (part_folder(root, part) for part in parts):
+        paths, others = files_in(folder, ROOMS)
         if not paths:
-            raise InputError(f"{root / part}: no clouds; {how_to}")
+            raise InputError(f"{folder}: no clouds; {how_to}")
+        boxes = {path.with_suffix(".json") for path in paths}
+        say([passed_over(folder, [path for path in others if path not in boxes])])
+        found.append(paths)
     path = root / "classes.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.strip() for line in lines if line.strip()]
+    try:
+        lines = text_of(path.read_bytes()).splitlines() if path.is_file() else []
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8; save it as UTF-8") from None
+    names = [line.strip() for line in "\n".join(lines).rstrip().split("\n")] if lines else []
+    if "" in names:                         # left out, it would move all labels behind it
+        raise InputError(f"{path}: line {names.index('') + 1} is blank; a label is the number of "
+                         "its line, so give every line a name")
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{path}: has {name!r} twice; a label is the number of its line, so "
@@ -380,16 +439,19 @@ def read_cloud(path, classes=None, colours=True):
     left_out = {"rgb": not colours, "label": not classes}
     wanted = [name for name in Cloud._fields if not left_out.get(name)]
     try:
-        if path.suffix == ".ply":
+        suffix = path.suffix.lower()
+        if suffix == ".ply":
             table, _ = read_ply(path.read_bytes(), faces=False)
-            found = {"xyz": columns(table, "x", "y", "z")}
+            found = {"xyz": columns(table, "x", "y", "z", kind=np.float64)}
             if "rgb" in wanted and "red" in table.dtype.names:
-                found["rgb"] = columns(table, "red", "green", "blue")
+                found["rgb"] = columns(table, "red", "green", "blue", kind=None)
             if "label" in wanted and "label" in table.dtype.names:
                 found["label"] = table["label"]
-        elif path.suffix == ".npz":
+        elif suffix == ".npz":
             with np.load(path, allow_pickle=False) as table:
                 found = {name: table[name] for name in wanted if name in table}
+        elif suffix != ".npy":
+            raise ValueError(f"not a format that is read here ({' '.join(ROOMS)})")
         else:
             table = np.load(path, allow_pickle=False)
             if table.ndim != 2 or table.shape[1] < 3 or classes and table.shape[1] not in (4, 7):
@@ -412,9 +474,9 @@ def checked(found, classes=None):
     xyz = found["xyz"]
     if xyz.ndim != 2 or xyz.shape[1] < 3:
         raise ValueError(f"shape {xyz.shape}; expected x y z of every point")
-    found["xyz"] = xyz = np.ascontiguousarray(xyz[:, :3], np.float32)
-    if len(xyz) == 0 or not np.isfinite(xyz).all():
+    if len(xyz) == 0 or not np.isfinite(xyz[:, :3]).all():
         raise ValueError("has no points, or NaN coordinates")
+    found["xyz"], offset = near_origin(xyz[:, :3])
     counts = {"labels": "label", "colours": "rgb", "instances": "instance"}
     counts = {what: len(found[name]) for what, name in counts.items() if name in found}
     if any(count != len(xyz) for count in counts.values()):
@@ -432,30 +494,38 @@ def checked(found, classes=None):
     if "instance" in found:
         found["instance"] = found["instance"].astype(np.int64)
     if "boxes" in found:
-        found["boxes"] = boxes = found["boxes"].astype(np.float32)
+        found_boxes = found["boxes"]
+        found["boxes"] = boxes = found_boxes.astype(np.float32)
         if boxes.shape[1:] != (7,) or not np.isfinite(boxes).all():
             raise ValueError(f"has NaN in its boxes, or not seven numbers each: {boxes.shape}")
+        boxes[:, :3] = found_boxes[:, :3] - offset
+    found["offset"] = offset + found.get("offset", 0)           # prepared files have their own
     return Cloud(**found)
 
 
 def as_bytes(rgb):
-    """Colours (n, 3), 0..255, or 0..1 where they are floats and none is above 1 -> uint8."""
+    """Colours (n, 3) -> uint8. Integers are 0..255; floats are 0..1 if none is above 1.01."""
     if rgb.shape[1:] != (3,):
         raise ValueError(f"has colours of shape {rgb.shape}; expected r g b of every point")
     if not ((rgb >= 0) & (rgb <= 255)).all():
         raise ValueError("has colours outside 0..255")
-    if rgb.dtype.kind == "f" and rgb.max() <= 1:
-        rgb = rgb * 255                     # a room this dark does not exist
+    if rgb.dtype.kind == "f" and rgb.max() <= 1.01:     # rounding and HDR reach a bit above 1;
+        rgb = np.minimum(rgb, 1) * 255                  # a room this dark does not exist
     return rgb.round().astype(np.uint8)
 
 
-def read_boxes(path):
-    """A NAME.json [{"class", "center", "size"}, ...] -> names of classes, boxes (k, 6) float32."""
+def read_boxes(path, offset=0):
+    """A NAME.json [{"class", "center", "size"}, ...] -> names of classes, boxes (k, 6) float32.
+
+    offset: that of the Cloud the boxes belong to; their centres are moved as its points are.
+    """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(text_of(Path(path).read_bytes()))
         names = [str(box["class"]) for box in content]
         boxes = [[*box["center"], *box["size"]] for box in content]
-        boxes = np.array(boxes, np.float64).reshape(-1, 6).astype(np.float32)
+        boxes = np.array(boxes, np.float64).reshape(-1, 6)
+        boxes[:, :3] -= offset
+        boxes = boxes.astype(np.float32)
     except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
         raise broken(path, error, f"{A_SCENE}; repair it") from None
     if not np.isfinite(boxes).all():
@@ -463,38 +533,41 @@ def read_boxes(path):
     return names, boxes
 
 
-# ---- Meshes -> points; points, meshes and boxes -> PLY -------------------------------------------
-
-def sample_faces(vertices, faces, n, rng):
-    """n points uniform by area -> xyz (n, 3), index of each point's face (n,), normals (F, 3)."""
-    a, b, c = vertices[faces].transpose(1, 0, 2)
-    normal = np.cross(b - a, c - a)
-    area = np.linalg.norm(normal, axis=1)
-    ends = np.cumsum(area, dtype=np.float64)
-    if not ends[-1] > 0:
-        raise ValueError("its faces have no area")
-    # side="right" steps over faces of zero area; the minimum guards the product's last rounding
-    face = np.searchsorted(ends, np.minimum(rng.random(n), 1 - 1e-12) * ends[-1], side="right")
-    u, v = rng.random((2, n, 1), dtype=np.float32)
-    outside = u + v > 1
-    u = np.where(outside, 1 - u, u)
-    v = np.where(outside, 1 - v, v)
-    xyz = a[face] + u * (b - a)[face] + v * (c - a)[face]
-    return xyz, face, normal / np.maximum(area, 1e-12)[:, None]
+def check_span(path, xyz, cure):
+    """Recipes are in metres: a cloud as large as a city or as small as a cup is in another unit."""
+    span = np.ptp(xyz, 0)
+    if not 0.3 <= span.max() <= 1000:
+        size = " x ".join(f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in span)
+        raise BrokenFile(f"{path}: spans {size} m; metres are expected: {cure} or remove points "
+                         "that lie far away")
 
 
-def sample_surface(vertices, faces, n, rng):
-    """n points uniform by area on a triangle mesh: (V, 3), (F, 3) -> (n, 3) float32."""
-    return sample_faces(vertices, faces, n, rng)[0].astype(np.float32)
+def usable_boxes(boxes, xyz, where):
+    """-> mask (k,) of the boxes (k, 6) that are not flat; a line for each flat or empty one."""
+    kept, notes = (boxes[:, 3:] > 0).all(1), []
+    for k, box in enumerate(boxes):
+        if (box[3:] < 0).any():
+            raise BrokenFile(f"{where}: box {k} has a size below zero; repair the file")
+        if not kept[k]:
+            notes.append(f"{where}: box {k} is flat and left out")
+        elif not (np.abs(xyz - box[:3]) <= box[3:] / 2 + 1e-3).all(1).any():
+            notes.append(f"{where}: box {k} holds no point")
+    return kept, notes
 
+
+# ---- Points, meshes and boxes -> PLY -------------------------------------------------------------
 
 def write_ply(path, xyz, rgb=None, faces=None):
-    """Points (N, 3), and colours (N, 3) uint8 and triangles (F, 3) if given, as binary PLY."""
-    vertex = np.empty(len(xyz), [(axis, "<f4") for axis in "xyz"]
+    """Points (N, 3), and colours (N, 3) uint8 and triangles (F, 3) if given, as binary PLY.
+
+    Coordinates are double where float would lose more than 1 mm.
+    """
+    real = "<f8" if len(xyz) and np.abs(xyz).max() > 1e4 else "<f4"
+    vertex = np.empty(len(xyz), [(axis, real) for axis in "xyz"]
                       + [(c, "u1") for c in ("red", "green", "blue") if rgb is not None])
     for name, column in zip(vertex.dtype.names, [*xyz.T, *(() if rgb is None else rgb.T)]):
         vertex[name] = column
-    kind = {"<f4": "float", "|u1": "uchar"}
+    kind = {"<f4": "float", "<f8": "double", "|u1": "uchar"}
     head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(xyz)}",
             *(f"property {kind[k]} {name}" for name, k in vertex.dtype.descr)]
     face = np.empty(0 if faces is None else len(faces), [("n", "u1"), ("v", "<i4", 3)])

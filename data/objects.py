@@ -16,8 +16,9 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from data.files import (SUFFIXES, broken, read_h5, read_object, read_pickle, sample_surface,
-                        zip_members)
+from data.files import (broken, files_in, is_litter, loose_in, part_folder, passed_over, read_h5,
+                        read_pickle, refuse_copies, say, text_of, zip_members)
+from data.meshes import SUFFIXES, read_object, sample_surface
 from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
 from run import InputError, barrier, rank
 
@@ -119,28 +120,45 @@ class Found(NamedTuple):
 
 
 def find_folder(root, stored):
-    """ROOT/{train,test}/CLASS/*, or ROOT/CLASS/*, of which a part is set aside later."""
-    def subfolders(path):
-        return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """ROOT/{train,test}/CLASS/*, or ROOT/CLASS/*, of which a part is set aside later.
 
-    split = (root / "train").is_dir() and (root / "test").is_dir()
-    classes = subfolders(root / "train" if split else root)
+    What is in neither form is named: objects in no class folder or below one, files of other kinds.
+    """
+    if root.is_file():
+        raise InputError(f"--root {root}: is a file; {HOW_TO_GET['folder']}")
+
+    def subfolders(path):
+        return sorted(p.name for p in path.iterdir() if p.is_dir() and not is_litter(p.name))
+
+    split = (root / "train").is_dir() and part_folder(root, "test").is_dir()
+    folders = [root / "train", part_folder(root, "test")] if split else [root]
+    classes = subfolders(folders[0])
     if not classes:
         raise InputError(f"{root}: no class folders; {HOW_TO_GET['folder']}")
-    for name in subfolders(root / "test") if split else ():
+    for name in subfolders(folders[1]) if split else ():
         if name not in classes:
-            raise InputError(f"{root / 'test' / name}: a class that {root / 'train'} does not "
-                             "have; add training objects or remove it")
-    objects = []
-    for part, folder in enumerate(PARTS) if split else [(-1, "")]:
+            raise InputError(f"{folders[1] / name}: a class that {folders[0]} does not have; add "
+                             "training objects or remove it")
+    objects, notes = [], []
+    if split:                               # beside the two parts
+        others = [root / name for name in subfolders(root) if root / name not in folders]
+        others = sum((files_in(folder, ())[1] for folder in others), loose_in(root, SUFFIXES))
+        notes.append(passed_over(root, others))
+    for part, folder in enumerate(folders):
+        notes.append(passed_over(folder, loose_in(folder, SUFFIXES)))       # in no class folder
         for label, name in enumerate(classes):
-            where = root / folder / name
-            files = sorted(p for p in where.glob("*") if p.suffix.lower() in SUFFIXES)
-            if not files and folder != "test":
+            where = folder / name
+            files, others = files_in(where, SUFFIXES)
+            if not files and part == 0:
                 raise InputError(f"{where}: no objects in this class folder "
                                  f"({' '.join(SUFFIXES)}); fill it or remove it")
-            objects += [Source(f"{name}/{p.name}", label, str(p), part=part) for p in files]
-    return Found(f"folder-{stored}.npz", root, tuple(classes), f"files under {root}", objects)
+            objects += [Source(f"{name}/{p.name}", label, str(p), part=part if split else -1)
+                        for p in files]
+            notes.append(passed_over(where, others))
+    notes = [note for note in notes if note]
+    say(notes)
+    return Found(f"folder-{stored}.npz", root, tuple(classes),
+                 "; ".join([f"files under {root}", *notes]), objects)
 
 
 def find_modelnet(name, root, stored):
@@ -167,15 +185,19 @@ def find_modelnet(name, root, stored):
                          objects)
         if sorted(place.glob("ply_data_train*.h5")):                  # 3. PointNet's HDF5
             files = tuple(sorted(place.glob(f"ply_data_{part}*.h5")) for part in PARTS)
+            refuse_copies(sum(files, []))
             return Found(f"{name}-h5.npz", place, classes, f"HDF5 files under {place}",
                          read=read_h5 if name == "modelnet40" else read_h5_of_ten, files=files)
-        archive = place if place.suffix == ".zip" else place / f"{title}.zip"
+        archive = place if place.suffix.lower() == ".zip" else place / f"{title}.zip"
         zipped = archive.is_file()
         if zipped or (place / classes[0] / "train").is_dir():         # 4. the authors' meshes
             if zipped:
                 found = [(m, str(archive), m) for m in zip_members(archive, ".off")]
             else:
-                found = [(p.as_posix(), str(p), "") for p in place.glob("*/*/*.off")]
+                found = [p for p in place.glob("*/*/*") if p.suffix.lower() == ".off"]
+                found = [p for p in found if not is_litter(p.name)]
+                refuse_copies(found)
+                found = [(p.as_posix(), str(p), "") for p in found]
             objects = []
             for where, path, member in sorted(found):
                 c, part, file = where.split("/")[-3:]
@@ -213,7 +235,7 @@ def label_of(name, classes, where):
 def read_list(path):
     if not path.is_file():
         raise InputError(f"{path}: missing; the archive modelnet40_normal_resampled.zip has it")
-    return path.read_text(encoding="utf-8").split()
+    return text_of(path.read_bytes()).split()
 
 
 def read_h5_of_ten(files):
@@ -372,18 +394,50 @@ def check(table, found):
 
 # ---- The prepared file -> what scripts train and test on -----------------------------------------
 
-def load(path, points, fraction):
+def load(path, points, fraction, split=None):
     """-> train (xyz (n, P, 3), label (n,)), test, names of the classes, what was read.
 
     Every object must have `points` points of its own. fraction: of each class, where the data has
-    no split.
+    no split. split: what `split_of` said when a run began; later objects are left out and named.
     """
     with np.load(path, allow_pickle=False) as prepared:
         table = dict(prepared)
+    form = str(table["form"])
+    if split and (table["part"] < 0).any():
+        test, form = rows_of_split(table, split)
+        rows = np.flatnonzero(test >= 0)
+        test = test[rows] == 1
+        for name in ("xyz", "label", "count", "where"):
+            table[name] = table[name][rows]
+    else:
+        test = test_rows(table, fraction)
     check_points(table, points)
-    test = test_rows(table, fraction)
     train, test = ((table["xyz"][rows], table["label"][rows]) for rows in (~test, test))
-    return train, test, tuple(table["classes"].tolist()), str(table["form"])
+    return train, test, tuple(table["classes"].tolist()), form
+
+
+def split_of(path, fraction):
+    """Names of the training and of the test objects where a part is set aside. Which these are
+    depends on all files of a class, so a run keeps the names. None: the data has its own split."""
+    with np.load(path, allow_pickle=False) as table:
+        if (table["part"] >= 0).all():
+            return None
+        test, names = test_rows(table, fraction), table["names"]
+    return [names[~test].tolist(), names[test].tolist()]
+
+
+def rows_of_split(table, split):
+    """-> (S,): 0 train, 1 test, -1 not in the run's split; what was read, and what is left out."""
+    part_of = {name: part for part, names in enumerate(split) for name in names}
+    names, form = table["names"].tolist(), str(table["form"])
+    gone, new = sorted(set(part_of) - set(names)), sorted(set(names) - set(part_of))
+    if gone:
+        raise InputError(f"{form}: {gone[0]} is missing, one of {len(part_of):,} objects that the "
+                         "run was trained and tested with; put it back, or start a new run")
+    if new:
+        form += (f"; left out, since the run was begun without them: {', '.join(new[:5])}"
+                 + f" and {len(new) - 5:,} more" * (len(new) > 5))
+    return np.array([part_of.get(name, -1) for name in names]), form
 
 
 def check_points(table, points):

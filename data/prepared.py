@@ -21,6 +21,9 @@ from data.files import BrokenFile
 from run import InputError, barrier, rank
 
 
+RULES = 2                                   # raise it when a reader reads the same file otherwise
+
+
 def sources_of(paths, *facts):
     """What prepared data is made from, as text: name, size and date of each file, and settings."""
     files = []
@@ -30,7 +33,7 @@ def sources_of(paths, *facts):
             files.append([os.path.basename(path), state.st_size, state.st_mtime_ns])
         except OSError:                     # that a file is missing is a fact, too
             files.append([os.path.basename(path)])
-    return json.dumps([files, *facts])
+    return json.dumps([RULES, files, *facts])
 
 
 def is_fresh(path, sources):
@@ -40,6 +43,16 @@ def is_fresh(path, sources):
             return kept["sources"].item().decode() == sources
     except Exception:                       # missing, or not whole
         return False
+
+
+def kept_in(paths, name):
+    """The array `name` of each prepared file that has it."""
+    found = []
+    for path in paths:
+        with np.load(path, allow_pickle=False) as kept:
+            if name in kept.files:
+                found.append(kept[name])
+    return found
 
 
 def save_npz(path, sources, **arrays):
@@ -103,7 +116,7 @@ def apply(work, job):
 
 
 def prepare_rooms(root, name, rooms, workers, skip_broken, unit):
-    """Prepare every room that is not prepared, or no longer. -> paths of NAME.npz, what is left out.
+    """Prepare rooms that are not prepared, or no longer. -> paths of NAME.npz, what is left out.
 
     rooms: {NAME: (sources, read, *arguments)}, where read(*arguments) -> {field of Cloud: array},
     notes. The first process prepares, the others wait. With skip_broken, rooms that cannot be read

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import as_bytes, broken, columns, read_npy, read_ply
-from data.prepared import prepare_rooms, sources_of
+from data.files import as_bytes, broken, columns, read_npy, read_ply, say, text_of
+from data.prepared import kept_in, prepare_rooms, sources_of
 from run import InputError
 
 SCANNET_BOXES = {                           # the 18 classes of detection -> nyu40
@@ -43,7 +43,7 @@ def scans(root, workers=1, skip_broken=False, needs="vert"):
         raise InputError(f"--root {root}: no such folder; {GET_SCANNET}")
     lists = Path(__file__).parent / "splits"
     try:
-        split = [(lists / f"scannetv2_{part}.txt").read_text(encoding="utf-8").split()
+        split = [(lists / f"scannetv2_{part}.txt").read_text(encoding="utf-8-sig").split()
                  for part in ("train", "val")]
     except OSError:
         raise InputError(f"{lists}: ScanNet's official split is missing; copy data/splits/ from "
@@ -68,6 +68,9 @@ def scans(root, workers=1, skip_broken=False, needs="vert"):
                 found[name] = (sources_of(files, "VoteNet"), read_votenet, *files)
             elif files[0].is_file():
                 found[name] = (sources_of(files, "VoteNet", needs), refuse, needed)
+    ending = "" if place == root / "scans" else "_vert.npy"
+    names = sorted(path.name.removesuffix(ending) for path in place.glob(f"scene*{ending}"))
+    others = [name for name in names if name not in split[0] + split[1]]
     paths, left_out = prepare_rooms(root, "scannet", found, workers, skip_broken, "scan")
     paths = {path.stem: path for path in paths}
     names = [[name for name in part if name in paths] for part in split]
@@ -80,6 +83,15 @@ def scans(root, workers=1, skip_broken=False, needs="vert"):
         form += (f"; NOT the official split: every fifth room ({len(names[1])} scenes) is the test "
                  "set")
     train, test = ([paths[name] for name in part] for part in names)
+    if others:
+        left_out.append(f"passed over {len(others):,} scans of neither list: "
+                        f"{', '.join(others[:3])}{', ...' * (len(others) > 3)}")
+        say(left_out[-1:])
+    unaligned = len(kept_in(train + test, "unaligned"))
+    if unaligned:
+        left_out.append(f"{unaligned:,} of {len(train + test):,} scans have no axisAlignment and "
+                        "stay as they stand")
+        say(left_out[-1:])
     return train, test, "; ".join([form, *left_out])
 
 
@@ -94,7 +106,7 @@ def label_table(path):
     if not path.is_file():
         raise InputError(f"{path}: missing; it comes with ScanNet's task data")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, delimiter="\t")
             return {row["raw_category"]: int(row["nyu40id"]) for row in rows}
     except (KeyError, ValueError) as error:
@@ -104,37 +116,40 @@ def label_table(path):
 def files_of(folder):
     """The files of a published scan that are read."""
     name = folder.name
-    objects = folder / f"{name}_vh_clean.aggregation.json"
-    if not objects.is_file():
-        objects = folder / f"{name}.aggregation.json"
+    # NAME_vh_clean.aggregation.json counts the segments of another mesh, NAME_vh_clean.ply
     return {"pose": folder / f"{name}.txt", "mesh": folder / f"{name}_vh_clean_2.ply",
-            "segments": folder / f"{name}_vh_clean_2.0.010000.segs.json", "objects": objects}
+            "segments": folder / f"{name}_vh_clean_2.0.010000.segs.json",
+            "objects": folder / f"{name}.aggregation.json"}
 
 
 def read_raw(folder, nyu40, most=MOST):
     """scans/sceneXXXX_XX -> {xyz, rgb, label, instance, boxes}, notes: VoteNet's preparation.
 
     Boxes come from all vertices of the mesh, before `most` points are drawn. Later objects
-    overwrite earlier ones where they share segments, in the order of the file.
+    overwrite earlier ones where they share segments, in the order of the file. A scan without
+    axisAlignment (of the test set, or of v1) stays as it stands, and has `unaligned`.
     """
     files = files_of(folder)
     try:
         path = files["pose"]
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = text_of(path.read_bytes()).splitlines()
         lines = dict(line.split("=", 1) for line in lines if "=" in line)
         lines = {key.strip(): value for key, value in lines.items()}
-        align = np.array(lines["axisAlignment"].split(), np.float64).reshape(4, 4)
+        align = np.eye(4)
+        if "axisAlignment" in lines:
+            align = np.array(lines["axisAlignment"].split(), np.float64).reshape(4, 4)
         path = files["mesh"]
         table, _ = read_ply(path.read_bytes(), faces=False)
-        vertices = columns(table, "x", "y", "z", "red", "green", "blue")            # (N, 6)
+        vertices = columns(table, "x", "y", "z")
+        colours = columns(table, "red", "green", "blue", kind=None)
         path = files["segments"]
-        segment = json.loads(path.read_text(encoding="utf-8"))["segIndices"]
+        segment = json.loads(text_of(path.read_bytes()))["segIndices"]
         segment = np.array(segment, np.int64)
-        path = files["objects"]
-        groups = json.loads(path.read_text(encoding="utf-8"))["segGroups"]
         if len(segment) != len(vertices):
             raise ValueError(f"{len(segment)} segment ids for {len(vertices)} vertices")
-        xyz1 = np.concatenate([vertices[:, :3], np.ones((len(vertices), 1))], 1)
+        path = files["objects"]
+        groups = json.loads(text_of(path.read_bytes()))["segGroups"]
+        xyz1 = np.concatenate([vertices, np.ones((len(vertices), 1))], 1)
         xyz = (xyz1 @ align.T)[:, :3].astype(np.float32)
         semantic, instance = np.zeros((2, len(vertices)), np.int64)
         label = {}
@@ -149,7 +164,7 @@ def read_raw(folder, nyu40, most=MOST):
         if not np.isfinite(xyz).all():
             raise ValueError("has NaN coordinates")
         keep = np.random.default_rng(zlib.crc32(folder.name.encode())).permutation(len(xyz))[:most]
-        rgb = as_bytes(vertices[keep, 3:])
+        rgb = as_bytes(colours[keep])
     except Exception as error:              # whatever json and numpy make of a broken file
         raise broken(path, error, "fetch it again") from None
     boxes = []
@@ -159,9 +174,12 @@ def read_raw(folder, nyu40, most=MOST):
             low = mine.min(0)
             high = mine.max(0)
             boxes.append([*(low + high) / 2, *(high - low), label[i]])
-    return {"xyz": xyz[keep], "rgb": rgb, "label": nyu40_ids(semantic[keep]),
+    scan = {"xyz": xyz[keep], "rgb": rgb, "label": nyu40_ids(semantic[keep]),
             "instance": instance[keep].astype(np.int32),
-            "boxes": np.array(boxes, np.float32).reshape(-1, 7)}, []
+            "boxes": np.array(boxes, np.float32).reshape(-1, 7)}
+    if "axisAlignment" not in lines:
+        scan["unaligned"] = np.array(True)
+    return scan, []
 
 
 def nyu40_ids(label):

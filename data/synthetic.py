@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import sample_faces, sample_surface, write_ply
+from data.files import write_ply
+from data.meshes import sample_faces, sample_surface
 from data.s3dis import ROOM_CLASSES
 
 # Difficulty of the object clouds. Lengths are relative to the object's radius.

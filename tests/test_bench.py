@@ -204,6 +204,7 @@ def test_a_step_reads_nothing_back_from_the_device(quick, monkeypatch, task):
         return torch.zeros(*out.logits.shape[:2], batch.real.shape[1], dtype=torch.int64)
 
     monkeypatch.setattr(train_det, "match", match)
+    monkeypatch.setattr(train_det, "CPU_TRIES", 100)    # all at once, as on a GPU
     with fake:
         step, model = bench.training(task, "cpu", None, "any", "fp32")[:2]
         model.train()

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,7 +174,11 @@ def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, c
     (["--resume", "{run}/best.pt"], "holds no optimiser"),
     (["--resume", "{run}", "--eval", "{run}"], "give one of them"),
     (["--eval", "{run}", "--lr", "0.5"], "was trained with lr 0.002, not 0.5"),
-    (["--eval", "{run}", "--clip", "random"], "was trained with clip"),
+    (["--eval", "{run}", "--clip", "random"], "ViT-B-32-quickgelu with the weights"),
+    (["--eval", "{run}", "--clip", "timm:test_vit=nowhere.pt"], "no such file: nowhere.pt; if it"),
+    (["--batch-size", "1"], "--batch-size 1, --accumulate 1, 20 training clouds: batch norm needs "
+                            "two clouds in each part of a step; pass --batch-size 2 or more"),
+    (["--accumulate", "9"], "pass --batch-size 18 or more"),
     (["--eval", "{run}", "--no-task-token"], "no-task-token False, not True"),
     (["--eval", "nowhere"], "no such checkpoint"),
     (["--predict", "x.npy"], "--predict needs a run"),
@@ -317,3 +322,57 @@ def test_real_meshes_and_a_real_pretrained_vit_train(tmp_path):
                     "--neighbours", "16", "--epochs", "6", "--batch-size", "6", "--lr", "0.001"])
     losses = [line["loss"] for line in lines(tmp_path / "run")]
     assert losses[-1] < losses[0]
+
+
+def test_weights_are_known_by_their_hash_wherever_they_lie(folder, tiny_clip, tmp_path, monkeypatch,
+                                                           capsys):
+    """The file moves after one epoch: --resume and --eval take its new place, and no other file."""
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    shutil.copy(tiny_clip.split("=")[1], here)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run.Stopper, "now", lambda self, step: True)
+        train_cls.main(arguments(folder, f"timm:test_vit={here}", tmp_path / "run"))
+    here.rename(there)
+    with pytest.raises(InputError, match=f"no such file: {here}; if it was moved, --clip names"):
+        train_cls.main(["--resume", str(tmp_path / "run")])
+    moved = ["--clip", f"timm:test_vit={there}"]
+    train_cls.main(["--resume", str(tmp_path / "run"), *moved])
+    saved = run.load_checkpoint(tmp_path / "run", "cls")
+    assert saved["config"]["clip"] == saved["frozen"]["name"] == moved[1]
+    capsys.readouterr()
+    train_cls.main(["--eval", str(tmp_path / "run")])
+    there.rename(here)
+    train_cls.main(["--eval", str(tmp_path / "run"), "--clip", f"timm:test_vit={here}"])
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "result" in line]
+    assert first.split(";")[0] == second.split(";")[0]
+
+
+def test_the_split_belongs_to_the_run(tiny_clip, tmp_path, monkeypatch, capsys):
+    """More objects would make others of each class the test set: a run keeps what it set aside."""
+    root = tmp_path / "data"
+    for name, clouds in shapes(20).items():
+        (root / name).mkdir(parents=True)
+        for i, cloud in enumerate(clouds):
+            np.save(root / name / f"o{i}.npy", cloud.astype(np.float32))
+    small = arguments(root, tiny_clip, tmp_path / "whole", "--epochs", "2")
+    train_cls.main(small)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run.Stopper, "now", lambda self, step: True)
+        train_cls.main([*small, "--out", str(tmp_path / "parts")])
+    split = run.load_checkpoint(tmp_path / "whole", "cls")["config"]["split"]
+    assert [len(names) for names in split] == [48, 12]
+    printed = capsys.readouterr().out
+    shutil.copy(root / "ball/o1.npy", root / "ball/aa.npy")
+    np.save(root / "cube/short.npy", CLOUD[:9])             # too few points, but not of the run
+    train_cls.main(["--eval", str(tmp_path / "whole")])
+    again = capsys.readouterr().out
+    assert "left out, since the run was begun without them: ball/aa.npy, cube/short.npy" in again
+    assert "48 train, 12 test" in again
+    result = [line for line in printed.splitlines() if "result" in line]
+    assert result and result == [line for line in again.splitlines() if "result" in line]
+    train_cls.main(["--resume", str(tmp_path / "parts")])
+    assert "left out" in capsys.readouterr().out
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    (root / "ball/o1.npy").unlink()
+    with pytest.raises(InputError, match="ball/o1.npy is missing, one of 60 objects"):
+        train_cls.main(["--eval", str(tmp_path / "whole")])

@@ -1,4 +1,6 @@
 """The model: freezing, attention, parity with the release, weights from files."""
+import argparse
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -265,7 +267,7 @@ def test_the_same_weights_in_any_file_have_one_hash_and_the_text_tower_speaks(tm
     assert torch.allclose(named.text_features(prompts), expected, atol=1e-5)
     with pytest.raises(InputError, match="does not say which activation"):
         common.load_clip(str(tmp_path / "w.safetensors"))
-    with pytest.raises(InputError, match="not the weights of ViT-B-16"):
+    with pytest.raises(InputError, match="do not fit ViT-B-16: .* tensors differ"):
         common.load_clip(f"ViT-B-16={tmp_path / 'w.safetensors'}")
     gelu = common.load_clip(f"ViT-B-32={tmp_path / 'w.safetensors'}")
     x = torch.randn(1, 5, 768)
@@ -278,7 +280,7 @@ def test_the_same_weights_in_any_file_have_one_hash_and_the_text_tower_speaks(tm
 
 @pytest.mark.parametrize("name, words", [
     ("nonsense", "not a name this program knows"),
-    ("missing.pt", "no such file: missing.pt"),
+    ("missing.pt", "no such file: missing.pt; if it was moved, --clip names its new place"),
     ("ViT-X-99/openai", "open_clip has no model ViT-X-99"),
     ("ViT-B-16/nonsense", "no weights nonsense for ViT-B-16"),
     ("RN50=missing.pt", "no such file"),
@@ -332,3 +334,70 @@ def test_random_rows_are_all_those_inside_before_any_comes_twice():
     assert len({common.random_rows(inside, 1, draw).item() for draw in draws}) > 40
     assert not torch.equal(rows[:n], rows[:n].sort().values)
     assert (common.random_rows(torch.tensor([False, True]), 5, torch.Generator()) == 1).all()
+
+
+def vit_state():
+    import timm
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return timm.create_model("test_vit", pretrained=False).state_dict()
+
+
+@pytest.mark.parametrize("box", [
+    lambda s: {"model": s}, lambda s: {"model_ema": s, "epoch": 3}, lambda s: {"state_dict": s},
+    lambda s: {"state_dict_ema": s, "state_dict": {k: 0 * w for k, w in s.items()}},
+    lambda s: {"model": s, "args": argparse.Namespace(lr=1, betas=(0.9, 0.99))},
+    lambda s: {"module": {f"module.{k}": w for k, w in s.items()}},
+    lambda s: {k: w for k, w in s.items() if not k.startswith(("head.", "patch_embed."))},
+    lambda s: {**s, "head.weight": torch.zeros(21843, 64), "fc_norm.weight": torch.zeros(3)}])
+def test_published_weights_load_from_any_box_and_with_any_head(tmp_path, box):
+    torch.save(vit_state(), tmp_path / "plain.pth")
+    torch.save(box(vit_state()), tmp_path / "boxed.pth")
+    plain, boxed = (common.load_clip(f"timm:test_vit={tmp_path / name}.pth")
+                    for name in ("plain", "boxed"))
+    assert boxed.sha256 == plain.sha256
+
+
+class Code:
+    pass
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda s: {k: w for k, w in s.items() if k != "blocks.0.norm1.weight"},
+     r"do not fit test_vit: 1 tensors differ, blocks.0.norm1.weight missing for \(64,\)"),
+    (lambda s: {**s, "blocks.0.ls9.gamma": torch.ones(64)},
+     r"blocks.0.ls9.gamma \(64,\) for nothing"),
+    (lambda s: {**s, "norm.weight": torch.ones(3)}, r"norm.weight \(3,\) for \(64,\)"),
+    (lambda s: {"model": s, "args": Code()},
+     r"holds test_common.Code, which is code and not a weight; save the weights alone"),
+    (lambda s: [1, 2], "is not a readable weight file"),
+    (lambda s: {"epoch": 3}, "tensors differ, cls_token missing")])
+def test_weights_that_do_not_fit_are_named(tmp_path, spoil, words):
+    torch.save(spoil(vit_state()), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=words) as error:
+        common.load_clip(f"timm:test_vit={tmp_path / 'w.pth'}")
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_holds_no_weights_is_named(tmp_path, content, suffix):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path} is not a readable weight file, or cut short; "):
+        common.load_clip(f"timm:test_vit={path}")
+
+
+@pytest.mark.parametrize("clouds, batch, parts, processes, words", [
+    (9, 1, 1, 1, "pass --batch-size 2 or more"), (9, 4, 3, 1, "pass --batch-size 6 or more"),
+    (1, 8, 1, 1, "1 training clouds: .*; add training clouds"),
+    (3, 8, 2, 1, "pass a smaller --accumulate"), (9, 3, 1, 4, "pass --batch-size 4 or more"),
+    (9, 2, 1, 1, None), (2, 8, 1, 1, None), (9, 4, 2, 1, None), (9, 4, 1, 4, None)])
+def test_a_part_of_one_cloud_is_refused(monkeypatch, clouds, batch, parts, processes, words):
+    monkeypatch.setattr(common, "world_size", lambda: processes)
+    cfg = {"recipe": {"batch_size": batch}, "accumulate": parts}
+    if words is None:
+        return common.check_batch(clouds, cfg)
+    with pytest.raises(InputError, match=f"needs two clouds in each part of a step; .*{words}|"
+                                         f"{words}"):
+        common.check_batch(clouds, cfg)

@@ -306,6 +306,8 @@ def test_a_run_writes_its_episodes_and_the_same_episodes_give_the_same_numbers(s
     for a, b in zip(first["trainings"], again["trainings"]):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
     capsys.readouterr()
+    with pytest.raises(InputError, match="reads no weights; leave --clip out"):
+        fewshot.main(["--eval", "runs/fewshot-synthetic-1", *small[-2:]])
     fewshot.main(["--eval", "runs/fewshot-synthetic-1"])
     assert capsys.readouterr().out.splitlines() == printed.splitlines()[-3:]
 
@@ -449,6 +451,8 @@ def test_shots_of_all_classes_are_tested_on_the_whole_test_set(small, capsys):
     (["--shots-all", "4", "--folds", "x"], "draws its own clouds"),
     (["--folds", "nowhere"], "found no 5way_10shot/0.pkl or 0.json"),
     (["--compile"], "compiled anew"),
+    (["--shot", "4", "--batch-size", "1"], "pass --batch-size 2 or more"),
+    (["--way", "2", "--shot", "2", "--accumulate", "3"], "pass a smaller --accumulate|size 6"),
     (["--points", "8", "--groups", "9"], "--groups 9"),
     (["--resume", "nowhere"], "no such checkpoint"),
 ])
@@ -475,3 +479,18 @@ def test_compare_takes_known_names_once(names, capsys):
         fewshot.flags(["--compare", names])
     assert left.value.code == 2
     assert "--compare" in capsys.readouterr().err
+
+
+def test_the_split_belongs_to_the_run(tmp_path, monkeypatch):
+    for name, found in shapes(5, seed=0).items():
+        (tmp_path / name).mkdir()
+        for i, cloud in enumerate(found):
+            np.save(tmp_path / name / f"{i}.npy", cloud)
+    monkeypatch.setitem(fewshot.RECIPES, "folder", RECIPE._replace(stored=128))
+    cfg = config("--data", "folder", "--root", str(tmp_path))
+    before = fewshot.load_data(cfg)
+    np.save(tmp_path / "ball/00.npy", found[0])
+    after = fewshot.load_data(cfg)
+    assert all(torch.equal(a.xyz, b.xyz) for a, b in zip(before[:2], after[:2]))
+    assert after.form == (before.form
+                          + "; left out, since the run was begun without them: ball/00.npy")

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import files, objects, prepared
-from data.files import BrokenFile, read_boxes, read_cloud, read_object, read_ply
+from data import files, meshes, objects, prepared
+from data.files import BrokenFile, read_boxes, read_cloud, read_ply
+from data.meshes import read_object
 from run import InputError
 
 CUBE = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], np.float32)
@@ -156,11 +157,15 @@ def test_a_mesh_keeps_its_surface_and_is_sampled_on_it(suffix, blob, tmp_path):
     ("nan.off", off(np.where(CUBE == 1, np.nan, CUBE)), "NaN"),
     ("far.off", off(faces=[[0, 1, 99]]), "outside the range|names vertex 99"),
     ("words.off", b"OFF\nnot a mesh\n", "words.off"),
+    ("head.off", b"OFF\n# and that is all\n", "does not say how many vertices"),
+    ("short.off", off().replace(b"0.0 1.0 0.0", b"0.0 1.0"), "vertex 2 has no x y z"),
+    ("minus.off", off(faces=[[0, 1, -2]]), "a face names vertex -2, but there are 8"),
     ("cut.ply", ply(CLOUD)[:-100], "cut.ply: cut short"),
     ("far.ply", ply_mesh(CUBE, [[0, 1, 99]]), "names vertex 99"),
     ("cut.npy", array(CLOUD)[:-100], "cut.npy"),
     ("object.npy", array(np.array([{}], dtype=object), allow_pickle=True), "allow_pickle"),
     ("flat.npy", array(CLOUD[:, :2]), r"rows of x y z, found float32 of shape \(50, 2\)"),
+    ("two.npz", array(CLOUD, np.savez, a=CLOUD), "has the arrays a, arr_0; call the points xyz"),
     ("nan.npy", array(np.where(CLOUD > 1, np.nan, CLOUD)), "of 50 points are NaN"),
     ("same.npy", array(np.zeros((50, 3))), "coincide"),
     ("empty.xyz", b"", "empty.xyz"),
@@ -191,6 +196,226 @@ def test_a_pickle_holds_arrays_or_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+# --- text
+
+POINTS = [[0.024, 1.5, 2], [-0.5, 7, -1.25], [3, 0.001, 40]]
+ROWS = ["0.024 1.5 2", "-0.5 7 -1.25", "3 1e-3 40"]
+
+
+def rows(divider=" ", more="", first="", last=""):
+    return first + "\n".join(row.replace(" ", divider) + more for row in ROWS) + last
+
+
+@pytest.mark.parametrize("text", [
+    rows(), rows(", "), rows(";"), rows("\t"), rows(" ; "), rows(",", more=","),
+    rows(last="\r\n\r\n"), rows(first="\ufeff"), rows(",", first="\ufeffx,y,z\n"),
+    rows(more=" # why"), rows(first="# a remark\n\n// another, 1 2 3\n"), rows(last="\n# the end"),
+    rows().replace(".", ","), rows(";").replace(".", ","), rows("\t").replace(".", ","),
+    rows("; ", more="; 7,5").replace(".", ","), rows(",", last="\n,,\n , ,"),
+    rows(first="a scan\n"), rows(first="the first scan of today\n"),
+    rows(first="3\n"), rows(" ", more=" 9 8 7 6", first="3\n"), rows(first="3\nx y z\n"),
+    rows(",", more=",house", first="x,y,z,what\n"), rows(more=" 0 1 0", first="x y z nx ny nz\n"),
+    rows(",", more=",1,2,3", first="//X,Y,Z,R,G,B\n"),
+    rows(";", first='"X [m]"; "Y [m]"; "Z (m)"\n'), rows("\t", first="X [m]\tY [m]\tZ [m]\n"),
+])
+def test_a_text_is_read_whatever_divides_its_columns(text):
+    xyz, faces = read_object(text.encode(), ".xyz")
+    assert faces is None and xyz.tolist() == np.float32(POINTS).tolist()
+    wide = text.lstrip("\ufeff").encode("utf-16")           # which has a mark of its own
+    assert read_object(wide, ".csv")[0].tolist() == xyz.tolist()
+
+
+@pytest.mark.parametrize("heading, columns", [
+    ("nx ny nz x y z", "0 0 1 {} {} {}"), ("name,x,y,z", "nan-1,{},{},{}"),
+    ("z;Y;x", "{2};{1};{0}"), ('"","X","intensity","Z","Y"', '"1",{0},9,{2},{1}'),
+    ("# z y x", "{2} {1} {0}"), ("Index\tX [m]\tY [m]\tZ [m]", "7\t{}\t{}\t{}"),
+])
+def test_a_heading_chooses_the_columns(heading, columns):
+    text = "\n".join([heading, *(columns.format(*point) for point in POINTS)])
+    xyz, _ = read_object(text.encode(), ".txt")
+    assert xyz.tolist() == np.float32(POINTS).tolist()
+
+
+@pytest.mark.parametrize("text, words", [
+    (rows(",").replace(".", ","), "decimal commas; save with points|line 2 has|line 3 has"),
+    ("0,024,1,5,0,2\n1,5,2,75,-0,5", "decimal commas; save with points"),
+    ("1,024,1,5,0,2,255,0,0\n1,5,2,75,3,5,0,9,0", "decimal commas; save with points"),
+    ("1.234,5;1,5;2", "line 1 is '1.234,5;1,5;2'"),
+    (rows(last="\n1 2"), "line 4 has 2 columns, line 1 has 3"),
+    (rows(last="\n\n1 2 3 4"), "line 5 has 4 columns"),
+    (rows(last="\nhallo"), "line 4 has 1 columns"),
+    (rows(last="\n1 two 3"), "line 4 is '1 two 3'"),
+    (rows(first="1,5x 2 3\n"), "line 1 is|line 2"),
+    (rows(",", last="\n1,,3"), "line 4 is '1,,3'"),
+    (rows(first="4\n"), "line 1 promises 4 rows, found 3"),
+    (rows(first="east north up\n"), "its heading, line 1, does not name x, y and z once each"),
+    (rows(first="x y z x\n"), "does not name|heading names"),
+    (rows(more=" 1", first="x y z\n"), "its heading names 3 columns, line 2 has 4"),
+    ("1\n2\n3", "promises 1 rows"), ("1 2\n3 4", "found 2 columns"), ("x y z\n", "no rows"),
+    (rows(last="\nnan nan nan"), "1 of 4 points are NaN or infinite"),
+    (rows(last="\n1 -inf 2\ninf 1 2\nInfinity 1 2\nNaN 1 2"), "4 of 7 points are NaN or infinite"),
+    (rows(first="inf 0 0\n-inf 0 0\nnan 0 0\n"), "3 of 6 points are NaN or infinite"),
+    (rows(first="P1 1 2 3\n", more=" 4"), "its heading, line 1, does not name"),
+])
+def test_a_text_that_cannot_be_read_rightly_is_explained(text, words):
+    with pytest.raises(ValueError, match=words) as error:
+        read_object(text.encode(), ".csv")
+    assert "\n" not in str(error.value)
+
+
+def test_marks_before_a_text_are_no_part_of_it(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    for suffix, blob in ((".off", off()), (".ply", ply_mesh(CUBE, FACES)),
+                         (".obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")):
+        one, two = read_object(blob, suffix), read_object(mark + blob, suffix)
+        assert all((a == b).all() for a, b in zip(one, two))
+    (tmp_path / "a.json").write_bytes(
+        mark + b'[{"class": "bed", "center": [0, 0, 0], "size": [1, 1, 1]}]')
+    assert read_boxes(tmp_path / "a.json")[0] == ["bed"]
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.npy").touch()
+    (tmp_path / "classes.txt").write_bytes(mark + "floor\r\nстол\r\n".encode())
+    assert files.own_clouds(tmp_path, ("train", "test"), "")[2] == ("floor", "стол")
+    (tmp_path / "classes.txt").write_bytes(b"floor\n\nwall\n\n")
+    with pytest.raises(InputError, match="classes.txt: line 2 is blank; a label is the number"):
+        files.own_clouds(tmp_path, ("train", "test"), "")
+    (tmp_path / "classes.txt").write_bytes("Stühle".encode("latin-1"))
+    with pytest.raises(InputError, match="classes.txt: is not UTF-8"):
+        files.own_clouds(tmp_path, ("train", "test"), "")
+
+
+# --- meshes that trimesh does not read rightly
+
+CORNERS = [[0, 0], [2, 0], [2, 1], [1, 1], [1, 2], [0, 2]]                      # an L of area 3
+COMB = [[0, 0], [5, 0], [5, 3], [4, 3], [4, 1], [3, 1], [3, 3], [2, 3], [2, 1], [1, 1], [1, 3],
+        [0, 3]]                                                                 # area 11
+
+
+def plate(corners, shift=0, order=1, scale=1):
+    """A polygon that stands askew in space, its corners counted from `shift`, in either order."""
+    flat = scale * np.roll(np.array(corners, float), shift, 0)[::order]
+    u, v = np.array([2, 1, 2]) / 3, np.array([-2, 2, 1]) / 3
+    return flat @ [u, v] + (5, -3, 1)
+
+
+def mesh_file(vertices, faces, suffix):
+    if suffix == ".obj":
+        lines = ["v {!r} {!r} {!r}".format(*map(float, v)) for v in vertices]
+        return "\n".join(lines + ["f " + " ".join(str(i + 1) for i in f) for f in faces]).encode()
+    return off(vertices, faces) if suffix == ".off" else ply_mesh(vertices, faces, "little")
+
+
+@pytest.mark.parametrize("suffix", [".obj", ".off", ".ply"])
+@pytest.mark.parametrize("corners, covered", [
+    (CORNERS, 3), (COMB, 11), ([[0, 0], [4, 0], [1, 1], [0, 4]], 4),
+    ([[0, 0], [1, 0], [2, 0], [2, 1], [1, 1], [1, 2], [0, 2], [0, 1]], 3),      # flat corners
+])
+def test_a_polygon_that_is_not_convex_is_covered_once(corners, covered, suffix):
+    for shift in range(len(corners)):
+        for order in (1, -1):
+            vertices = plate(corners, shift, order)
+            blob = mesh_file(vertices, [list(range(len(corners)))], suffix)
+            xyz, faces = read_object(blob, suffix)
+            assert area(xyz, faces) == pytest.approx(covered, rel=1e-5)
+            a, b, c = xyz[faces].transpose(1, 0, 2)
+            normals = np.cross(b - a, c - a)
+            assert (normals @ normals.sum(0) >= -1e-3).all(), "no triangle is turned over"
+
+
+def test_polygons_of_any_size_and_with_a_hole_are_covered_once():
+    hole = [[0, 0], [4, 0], [4, 4], [0, 4], [0, 0], [1, 1], [1, 3], [3, 3], [3, 1], [1, 1]]
+    teeth = [[x, y] for x in range(30) for y in ([.01, 3] if x % 2 else [3, .01])]
+    for corners, covered in ((hole, 12), ([[0, 0], [29, 0], *teeth[::-1]], None)):
+        whole = plate(corners)
+        covered = covered or np.linalg.norm(np.cross(whole, np.roll(whole, -1, 0)).sum(0)) / 2
+        for scale in (1e-3, 1, 1e3):
+            for shift in range(0, len(corners), 3):
+                vertices = plate(corners, shift, 1, scale)
+                faces = meshes.triangles_of([list(range(len(corners)))], vertices)
+                assert area(vertices, faces) == pytest.approx(covered * scale ** 2, rel=1e-6)
+
+
+def test_other_polygons_keep_trimeshs_triangles_and_their_order():
+    from trimesh.geometry import triangulate_quads
+    vertices = np.concatenate([plate(CORNERS), CUBE + 9])
+    cube = [[i + 6 for i in face] for face in MIXED]
+    faces = [list(range(6))[2:] + [0, 1], *cube]            # from this corner, a fan is wrong
+    got = meshes.triangles_of(faces, vertices)
+    np.testing.assert_array_equal(got[:-4], triangulate_quads(cube))
+    assert area(vertices, got) == pytest.approx(9)
+    with pytest.raises(ValueError, match="a face of 5 corners crosses itself"):
+        meshes.triangles_of([[0, 1, 2, 3, 4]], plate([[0, 0], [4, 0], [1, 3], [2, -2], [4, 3]]))
+
+
+@pytest.mark.parametrize("header", ["OFF", "COFF", "NOFF", "CNOFF", "STOFF", "STCNOFF",
+                                    "# not OFF yet\n\nOFF # it is now"])
+def test_off_and_its_relatives_are_read(header):
+    more = {"C": " .1 .2 .3 1", "N": " 0 0 1", "ST": " .5 .5"}
+    kind = header.partition("#")[0].partition("OFF")[0]
+    more = "".join(numbers for key, numbers in more.items() if key in kind)
+    lines = [header, "8 6 0", *("{} {} {}".format(*v) + more for v in CUBE),
+             *("4 {} {} {} {} 255 0 0".format(*f) for f in FACES)]
+    xyz, faces = read_object("\n".join(lines).encode(), ".off")
+    np.testing.assert_array_equal(xyz, CUBE)
+    np.testing.assert_array_equal(faces, read_object(off(), ".off")[1])
+
+
+@pytest.mark.parametrize("header", ["4OFF", "nOFF", "OFF BINARY", "8 6 0", "PLY"])
+def test_what_is_called_off_and_is_not_is_named(header):
+    with pytest.raises(ValueError, match=f"begins with '{header}"):
+        read_object(off().replace(b"OFF", header.encode()), ".off")
+
+
+def test_an_obj_is_read_with_tabs_indents_remarks_and_relative_numbers():
+    square = read_object(b"v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nf 1 2 3 4\n", ".obj")
+    for text in ("\tv 0 0 0\n v\t1 0 0\nv  1 1 0 1.0\nv 0 1\t0\nf\t1 2 3\t4\n",
+                 "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nf -4 -3 -2 -1\nv 9 9 9\n",
+                 "# h\xe4user\no d\xe4cher\nv 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nf 1 2 3 \\\n 4\n",
+                 "v 0 0 0 1 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvt 0 0\nf 1/1 2/1 3/1 4/-1 # a\n"):
+        xyz, faces = read_object(text.encode("latin-1"), ".obj")
+        np.testing.assert_array_equal(xyz[faces], square[0][square[1]])
+    for text, words in (("f 1 2 9", "vertex 9, but there are 4"), ("f 0 1 2", "vertex 0,"),
+                        ("f -9 1 2", "vertex -4,"), ("v 1 2", "vertex 4 has no x y z"),
+                        ("v 1 2 drei", "could not convert string to float: 'drei'")):
+        with pytest.raises(ValueError, match=words):
+            read_object(("v 0 0 0\n" * 4 + text + "\nf 1 2 3").encode(), ".obj")
+
+
+def test_an_obj_of_several_materials_is_sampled_as_before():
+    trimesh = pytest.importorskip("trimesh")
+    lines = ["mtllib a.mtl", *("v {} {} {}".format(*v) for v in CUBE), "vt 0 0", "vn 0 0 1"]
+    for i, face in enumerate(MIXED):
+        lines += [f"usemtl {'ab'[i % 2]}", "f " + " ".join(f"{k + 1}/1/1" for k in face)]
+    blob = "\n".join(lines).encode()
+    mesh = trimesh.load(io.BytesIO(blob), file_type="obj", process=False, skip_materials=True)
+    if isinstance(mesh, trimesh.Scene):
+        mesh = trimesh.util.concatenate(list(mesh.geometry.values()))
+    xyz, faces = read_object(blob, ".obj")
+    np.testing.assert_array_equal(xyz[faces], mesh.vertices[mesh.faces])
+
+
+def stl(faces=FACES):
+    table = np.zeros(2 * len(faces), [("n", "<f4", 3), ("xyz", "<f4", (3, 3)), ("more", "<u2")])
+    table["xyz"] = CUBE[[f[:3] for f in faces] + [[f[0], f[2], f[3]] for f in faces]]
+    text = "solid a b\n" + "".join(
+        "facet normal 0 0 0\nouter loop\n" + "".join("vertex {} {} {}\n".format(*v) for v in t)
+        + "endloop\nendfacet\n" for t in table["xyz"]) + "endsolid a b\n"
+    return b"solid by a program".ljust(80) + struct.pack("<I", len(table)) + table.tobytes(), text
+
+
+def test_an_stl_may_have_bytes_behind_it_but_none_too_few():
+    binary, text = stl()
+    for blob in (binary, binary + b"\0" * 7, binary + b"made by hand", text.encode(),
+                 text.upper().encode(), ("\ufeff" + text).encode()):
+        xyz, faces = read_object(blob, ".stl")
+        assert len(faces) == 12 and area(xyz, faces) == pytest.approx(6)
+    for blob in (binary[:-1], binary[:300], text.encode()[:-30], text.encode() * 2 + b"x" +
+                 text.encode()[:200]):
+        with pytest.raises(ValueError, match="cut short"):
+            read_object(blob, ".stl")
+
+
 # --- PLY
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -199,7 +424,8 @@ def test_a_pickle_holds_arrays_or_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["text", "little", "big"])
 def test_a_ply_says_the_same_as_text_and_in_both_byte_orders(kind, faces, name, newline):
     from trimesh.geometry import triangulate_quads
-    vertices, triangles = read_ply(ply_mesh(CUBE * 1.1, faces, kind, name, newline))
+    vertices, _ = read_ply(ply_mesh(CUBE * 1.1, faces, kind, name, newline))
+    _, triangles = read_object(ply_mesh(CUBE * 1.1, faces, kind, name, newline), ".ply")
     xyz = files.columns(vertices, "x", "y", "z")
     np.testing.assert_array_equal(xyz, (CUBE * 1.1).astype(np.float32))
     np.testing.assert_array_equal(triangles, triangulate_quads(faces))
@@ -250,6 +476,16 @@ def test_what_is_wrong_with_a_ply_is_one_sentence(change, words):
     with pytest.raises(ValueError, match=words) as error:
         read_ply(change(ply(CLOUD)))
     assert str(error.value)
+
+
+def test_a_mesh_in_ply_is_never_taken_for_a_cloud():
+    for name in ("vertex_indexes", "edges"):
+        with pytest.raises(ValueError, match="its faces are not lists of vertex_indices"):
+            read_ply(ply_mesh(CUBE, FACES, "little", name))
+    strips = ply(CLOUD).replace(b"end_header", b"element tristrips 1\nproperty list int int "
+                                b"vertex_indices\nend_header") + struct.pack("<4i", 3, 0, 1, 2)
+    with pytest.raises(ValueError, match="its faces are not lists"):
+        read_object(strips, ".ply")
 
 
 def test_what_is_written_as_ply_is_read_again(tmp_path):
@@ -323,12 +559,80 @@ def test_the_prepared_form_holds_all_that_a_cloud_has(tmp_path):
     np.savez(tmp_path / "a.npz", xyz=CLOUD, rgb=TABLE[:, 3:6].astype(np.uint8), boxes=boxes,
              label=np.full(50, 40, np.int16), instance=np.arange(50, dtype=np.int32))
     cloud = read_cloud(tmp_path / "a.npz", classes=41)
-    assert [x.dtype for x in cloud] == [np.float32, np.uint8, np.int64, np.int64, np.float32]
+    assert [x.dtype for x in cloud] == [np.float32, np.uint8, np.int64, np.int64, np.float32,
+                                        np.float64]
     assert cloud.boxes.tolist() == boxes.tolist() and set(cloud.label) == {40}
     for bad in (boxes[:, :6], np.full((1, 7), np.nan)):
         np.savez(tmp_path / "a.npz", xyz=CLOUD, boxes=bad)
         with pytest.raises(BrokenFile, match="in its boxes"):
             read_cloud(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("rgb, expected", [
+    (np.float32([[0, .5, 1.0000001]]), [[0, 128, 255]]),
+    (np.float64([[1.003, .2, 0]]), [[255, 51, 0]]),
+    (np.float32([[1.2, 0, 0]]), [[1, 0, 0]]),
+    (np.uint8([[1, 0, 1]]), [[1, 0, 1]]),                   # whole numbers are never 0..1
+    (np.int64([[1, 0, 0]]), [[1, 0, 0]]),
+    (np.uint16([[255, 1, 0]]), [[255, 1, 0]]),
+])
+def test_colours_are_in_either_scale(rgb, expected, tmp_path):
+    assert files.as_bytes(rgb).tolist() == expected
+    names = {"f4": "float", "f8": "double", "u1": "uchar", "u2": "ushort"}
+    if rgb.dtype.str[1:] in names:                          # a PLY, too
+        table = np.zeros(1, [(n, "<f4") for n in "xyz"] + [
+            (n, rgb.dtype) for n in ("red", "green", "blue")])
+        table["red"], table["green"], table["blue"] = rgb.T
+        head = "".join(f"property {names[table.dtype[n].str[1:]]} {n}\n" for n in table.dtype.names)
+        head = f"ply\nformat binary_little_endian 1.0\nelement vertex 1\n{head}end_header\n"
+        (tmp_path / "a.ply").write_bytes(head.encode() + table.tobytes())
+        assert read_cloud(tmp_path / "a.ply").rgb.tolist() == expected
+    with pytest.raises(ValueError, match="outside 0..255"):
+        files.as_bytes(np.uint16([[256, 0, 0]]))
+
+
+# --- far from the origin
+
+UTM = np.array([[431_234.567, 5_411_111.222, 312.5], [431_236.125, 5_411_113.001, 310.25]])
+
+
+def test_a_cloud_far_from_the_origin_keeps_its_digits(tmp_path):
+    text = "\n".join("{!r} {!r} {!r}".format(*map(float, p)) for p in UTM)
+    head = ("ply\nformat {} 1.0\nelement vertex 2\nproperty {kind} x\nproperty {kind} y\n"
+            "property {kind} z\nend_header\n")
+    binary = head.format("binary_little_endian", kind="double").encode() + UTM.tobytes()
+    written = {"a.npy": array(UTM), "a.npz": array(np.zeros(2), np.savez, xyz=UTM), "a.PLY": binary,
+               "b.ply": (head.format("ascii", kind="float") + text).encode()}
+    for name, blob in written.items():
+        (tmp_path / name).write_bytes(blob)
+        cloud = read_cloud(tmp_path / name)
+        assert cloud.xyz.dtype == np.float32 and cloud.offset.dtype == np.float64
+        assert cloud.offset.tolist() == [431_234, 5_411_111, 310]
+        np.testing.assert_allclose(cloud.xyz + cloud.offset, UTM, rtol=0, atol=1e-6)
+    for suffix, blob in ((".ply", binary), (".xyz", text.encode()), (".npy", array(UTM))):
+        xyz, _ = read_object(blob, suffix)
+        np.testing.assert_allclose(xyz[1] - xyz[0], UTM[1] - UTM[0], atol=1e-6)
+    for near in (CLOUD, CLOUD * 1000 + 5000):
+        np.save(tmp_path / "a.npy", near)
+        cloud = read_cloud(tmp_path / "a.npy")
+        assert cloud.offset.tolist() == [0, 0, 0] and cloud.xyz.tobytes() == near.tobytes()
+    np.save(tmp_path / "a.npy", UTM * 1e200)
+    with pytest.raises(BrokenFile, match="too large"):
+        read_cloud(tmp_path / "a.npy")
+
+
+def test_boxes_move_with_their_cloud_and_a_prepared_offset_is_kept(tmp_path):
+    box = [[*UTM[0], 1, 2, 3, 5]]
+    np.savez(tmp_path / "a.npz", xyz=UTM, boxes=box)
+    cloud = read_cloud(tmp_path / "a.npz")
+    np.testing.assert_allclose(cloud.boxes, [[.567, .222, 2.5, 1, 2, 3, 5]], atol=1e-6)
+    np.savez(tmp_path / "b.npz", xyz=cloud.xyz, boxes=cloud.boxes, offset=cloud.offset)
+    again = read_cloud(tmp_path / "b.npz")
+    assert all(a is b is None or (a == b).all() for a, b in zip(cloud, again))
+    content = [{"class": "bed", "center": UTM[0].tolist(), "size": [1, 2, 3]}]
+    (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8")
+    _, boxes = read_boxes(tmp_path / "a.json", cloud.offset)
+    np.testing.assert_array_equal(boxes, cloud.boxes[:, :6])
 
 
 @pytest.mark.parametrize("change, words", [
@@ -365,10 +669,49 @@ def test_arrays_of_a_room_are_equally_long_and_there(tmp_path):
             read_cloud(tmp_path / "a.npz", classes=3)
 
 
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+LITTER = ("._b.npz", ".DS_Store", ".hidden.npy", "Thumbs.db", "__MACOSX/b.npz", "__MACOSX/._b.npz")
+
+
 def test_the_clouds_of_a_folder_are_sorted(tmp_path):
-    for name in ("b.npz", "a.ply", "c.npy", "a.json", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in files.clouds_in(tmp_path)] == ["a.ply", "b.npz", "c.npy"]
+    touch(tmp_path, "b.npz", "a.PLY", "c.Npy", "a.json", "notes.txt", *LITTER)
+    assert [path.name for path in files.clouds_in(tmp_path)] == ["a.PLY", "b.npz", "c.Npy"]
+
+
+def test_what_is_passed_over_in_a_folder_of_clouds_is_named(tmp_path, capsys):
+    touch(tmp_path, "train/a.PLY", "train/a.json", "train/b.json", "train/more/c.ply",
+          "train/d.xyz", "train/e.las", "val/a.npy", *(f"train/{name}" for name in LITTER))
+    for other in ("test", "val"):
+        train, test, names = files.own_clouds(tmp_path, ("train", other), "")
+        assert [p.name for p in train] == ["a.PLY"] and test == [tmp_path / "val" / "a.npy"]
+        assert capsys.readouterr().err == (f"{tmp_path / 'train'}: passed over 4 files: b.json, "
+                                           "d.xyz, e.las, ...\n") and names == ()
+    touch(tmp_path, "test/a.npy", "b.ply", "b.json")
+    with pytest.raises(InputError, match="has both (val/ and test/|test/ and val/)"):
+        files.own_clouds(tmp_path, ("train", other), "")
+    assert f"{tmp_path}: passed over 1 file: b.ply\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("one, two, refused", [
+    ("r0.ply", "r0.npy", True), ("r0.ply", "r0.PLY", True), ("r0.ply", "r0 (1).ply", True),
+    ("r0.ply", "r0(2).npy", True), ("r0.ply", "r0 - Copy.ply", True),
+    ("r0.ply", "r0 copy.ply", True),
+    ("r0.ply", "r0 - Copy (2).ply", True), ("r0.ply", "r0 - Kopie.ply", True),
+    ("r0.ply", "r0.json", False), ("r1.ply", "r0 (1).ply", False), ("r0.ply", "r01.ply", False),
+])
+def test_copies_are_refused_by_name(tmp_path, one, two, refused):
+    touch(tmp_path, one, two)
+    if not refused:
+        assert len(files.clouds_in(tmp_path)) == 1 + two.endswith(".ply")
+        return
+    with pytest.raises(InputError, match="by its name a copy of r0") as error:
+        files.clouds_in(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("boxes, words", [

@@ -124,6 +124,52 @@ def test_names_that_are_not_utf8_are_read(small):
     assert f"a/{name}" in table["names"].tolist() and len(table["xyz"]) == 5
 
 
+def test_what_is_not_read_is_named_and_litter_is_nothing(small, capsys):
+    box = small / "train" / "a"
+    (box / "more").mkdir()
+    for name in ("more/o9.xyz", "o7.glb", "._0.npy", ".DS_Store", "Thumbs.db"):
+        (box / name).touch()
+    for folder in (small, small / "train", small / "test"):
+        (folder / "__MACOSX" / "a").mkdir(parents=True)
+        (folder / "__MACOSX" / "a" / "._0.npy").touch()
+    np.save(small / "train" / "b" / "1.NPY", CLOUD)
+    (small / "train" / "b" / "1.NPY.npy").rename(small / "train" / "b" / "1.NPY")
+    (small / "test" / "loose.off").touch()
+    (small / "more").mkdir()
+    (small / "more" / "0.obj").touch()
+    said = [f"{small}: passed over 1 file: more/0.obj",
+            f"{box}: passed over 2 files: more/o9.xyz, o7.glb",
+            f"{small / 'test'}: passed over 1 file: loose.off"]
+    for _ in range(2):
+        table = table_of("folder", small, 32)
+        assert table["names"].tolist() == ["a/0.npy", "b/0.npy", "b/1.NPY", "a/0.npy", "b/0.npy"]
+        assert str(table["form"]) == "; ".join([f"files under {small}", *said])
+        assert capsys.readouterr().err.splitlines() == said
+    for name in ("more/o9.xyz", "o7.glb"):
+        (box / name).unlink()
+    assert "glb" not in str(table_of("folder", small, 32)["form"])
+
+
+def test_copies_of_an_object_are_refused(small):
+    for name in ("0.off", "0 (1).npy", "0 - Copy.npy", "0 copy.npy"):
+        path = small / "train" / "b" / name
+        path.touch()
+        with pytest.raises(InputError, match="by its name a copy of 0.npy, which would count"):
+            prepare("folder", small, 32)
+        path.unlink()
+    assert len(table_of("folder", small, 32)["xyz"]) == 4
+
+
+def test_val_stands_for_test_but_not_beside_it(small):
+    first = table_of("folder", small, 32)
+    (small / "test").rename(small / "val")
+    second = table_of("folder", small, 32)
+    assert (first["xyz"] == second["xyz"]).all() and second["part"].tolist() == [0, 0, 1, 1]
+    (small / "test").mkdir()
+    with pytest.raises(InputError, match="has both test/ and val/, and a run tests on one"):
+        prepare("folder", small, 32)
+
+
 # --- preparing
 
 def test_prepared_data_is_kept_and_prepared_again_when_a_file_changes(small, monkeypatch):
@@ -236,7 +282,10 @@ def lay_out(root, form, clouds):
                 for c, part, n in NAMES}
         tree["ModelNet40/airplane/train/airplane_0001.off"] = off()
         if form == "zip":
-            more = {"__MACOSX/ModelNet40/chair/train/x.off": b"", "ModelNet40/README.txt": b""}
+            more = {"__MACOSX/ModelNet40/chair/train/x.off": b"", "ModelNet40/README.txt": b"",
+                    "ModelNet40/chair/train/._chair_0001.off": b""}
+            tree["ModelNet40/chair/test/chair_0003.OFF"] = tree.pop(
+                "ModelNet40/chair/test/chair_0003.off")
             with zipfile.ZipFile(root / "ModelNet40.zip", "w") as archive:
                 for name, blob in {**tree, **more}.items():
                     archive.writestr(name, blob)

@@ -1,4 +1,5 @@
 """The run: schedule, seeds, frame of the loop, signals, checkpoints, run folder."""
+import os
 import signal
 import subprocess
 import sys
@@ -140,20 +141,26 @@ def test_a_checkpoint_of_another_script_or_of_other_frozen_weights_is_refused(tm
         load_checkpoint(tmp_path / "run", "cls")
 
     class Clip:
-        name, sha256 = "other", "1" * 64
+        name, model, sha256 = "ViT-B-32=there/w.pt", "ViT-B-32", "1" * 64
 
-    cfg = {}
+    cfg, saved = {}, load_checkpoint(tmp_path / "run", "det")
     check_frozen(cfg, None, Clip)
-    assert cfg["frozen"] == {"name": "other", "sha256": "1" * 64}
-    with pytest.raises(InputError, match="not those the run was trained with"):
-        check_frozen(cfg, load_checkpoint(tmp_path / "run", "det"), Clip)
+    assert cfg["frozen"] == {"name": Clip.name, "model": Clip.model, "sha256": Clip.sha256}
+    with pytest.raises(InputError, match="is not what the run was trained with .openai, 00000"):
+        check_frozen(cfg, saved, Clip)
+    saved["frozen"] = {"name": "ViT-B-32=here/w.pt", "sha256": "1" * 64}    # before it had a model
+    check_frozen(cfg, saved, Clip)
+    saved["frozen"]["model"] = "ViT-B-32-quickgelu"     # the same weights, another activation
+    with pytest.raises(InputError, match="is not what the run was trained with"):
+        check_frozen(cfg, saved, Clip)
 
 
 def test_a_checkpoint_with_the_names_of_before_says_what_to_do():
     model = torch.nn.Linear(2, 1)
     with pytest.raises(InputError, match="from before 26 November 2026.*train anew"):
         run_module.load_weights(model, {"encoder.tokenizer.first.0.weight": torch.zeros(1)})
-    with pytest.raises(InputError, match="do not fit the model"):
+    with pytest.raises(InputError, match=r"do not fit the model: 2 tensors differ, "
+                                         r"weight \(5,\) for \(1, 2\), bias missing for \(1,\)"):
         run_module.load_weights(model, {"weight": torch.zeros(5)})
 
 
@@ -168,3 +175,22 @@ def test_a_run_says_which_kernels_run(monkeypatch):
     assert Setup("cpu", "fp32").describe.endswith("fp32 (asked for), kernels in torch")
     monkeypatch.setattr(kernels, "numba", type("", (), {"__version__": "0.68.1"}))
     assert Setup("cpu", "fp32").describe.endswith("kernels in numba 0.68.1")
+
+
+def test_names_that_are_no_text_are_written_and_saved(tmp_path, capsys):
+    name = "St\udcfchl.xyz"                 # how Python holds a byte that is not UTF-8
+    run = Run("cls", {**CFG, "split": [[name], []]}, Setup("cpu", "fp32"))
+    run.open(__file__, tmp_path)
+    run.append("log.txt", f"{name} \u6905\n")
+    run.write("last.pt", {"task": "cls", "config": run.cfg})
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "St\\udcfchl.xyz \u6905\n"
+    assert load_checkpoint(tmp_path, "cls")["config"]["split"] == [[name], []]
+
+
+def test_a_terminal_that_lacks_a_letter_does_not_stop_a_run(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import run; run.main_guard(lambda: print('\\u6905', 'St\\udcfchl'))")
+    for encoding in ("ascii", "cp1252", "utf-8"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              encoding=encoding, env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert done.returncode == 0 and "\\udcfc" in done.stdout, done.stderr

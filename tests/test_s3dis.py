@@ -6,7 +6,7 @@ import pytest
 
 from data import prepared, s3dis, synthetic
 from data.files import BrokenFile, read_cloud
-from data.s3dis import ROOM_CLASSES, rooms
+from data.s3dis import ROOM_CLASSES, has_own_rooms, own_rooms, rooms
 from run import InputError
 
 
@@ -56,6 +56,83 @@ def test_a_raw_tree_gives_every_point_its_label(raw, sources):
         assert np.abs(cloud.xyz[j] - place).max() < .002
         assert cloud.label[j] == source["semantic"][i]
         assert cloud.rgb[j].tolist() == source["rgb"][i].tolist()
+
+
+def test_points_of_other_classes_become_clutter_and_are_named(raw, capsys):
+    where = raw / "Area_1/office_1/Annotations"
+    lines = "1 2 1 4 5 6\n"
+    before = np.bincount(read_cloud(rooms(raw)[0][1], classes=13).label, minlength=13)
+    for name, count in (("tree_1", 60), ("potted_plant_2", 7), ("stairs_1", 5), ("staris_1", 3),
+                        ("Chair_1", 2)):
+        (where / f"{name}.txt").write_text(lines * count, encoding="utf-8")
+    (raw / "Area_5/office_19/Annotations/tree_1.txt").write_text(lines, encoding="utf-8")
+    capsys.readouterr()
+    train, _, form = rooms(raw)
+    said = capsys.readouterr().err
+    assert f"{where}: 60 points of tree, none of the 13 classes, become clutter\n" in said
+    assert "7 points of potted_plant," in said and "sta" not in said.replace(str(raw), "")
+    assert form.endswith("; none of the 13 classes, so clutter: Chair (2 points), potted_plant "
+                         "(7 points), tree (61 points)")
+    assert rooms(raw)[2] == form and capsys.readouterr().err == ""
+    after = np.bincount(read_cloud(train[1], classes=13).label, minlength=13) - before
+    assert after[12] == after.sum() == 77
+
+
+def test_other_classes_in_this_layout_are_read_as_their_owner_names_them(tmp_path, capsys):
+    for area, names in (("1", ("tree_1", "tree_2", "ground_1")), ("north", ("potted_plant_1",))):
+        folder = tmp_path / f"Area_{area}" / "plot_1" / "Annotations"
+        folder.mkdir(parents=True)
+        for i, name in enumerate(names):
+            (folder / f"{name}.txt").write_text(f"{431_000 + i}.25 5 6 7 8 {i}\n" * 9,
+                                                encoding="utf-8")
+    assert has_own_rooms(tmp_path)
+    train, test, classes, form = own_rooms(tmp_path, "north")
+    assert stems(train) == ["Area_1_plot_1"] and stems(test) == ["Area_north_plot_1"]
+    assert classes == ("ground", "potted_plant", "tree")
+    assert form == f"{tmp_path}, 1 rooms; area north: 1 test rooms" and not capsys.readouterr().err
+    cloud = read_cloud(train[0], classes=3)
+    assert cloud.label.tolist() == [0] * 9 + [2] * 18 and cloud.rgb[0].tolist() == [7, 8, 2]
+    assert cloud.xyz[:, 0].tolist() == [2] * 9 + [0] * 9 + [1] * 9
+    assert (cloud.xyz[0] + cloud.offset).tolist() == [431_002.25, 5, 6]
+    with pytest.raises(InputError, match="has no Area_5 to test on; choose one of 1, north"):
+        own_rooms(tmp_path)
+    (tmp_path / "Area_north").rename(tmp_path / "Area_no_rth")
+    with pytest.raises(InputError, match="Area_no_rth: the name of an area has no _"):
+        own_rooms(tmp_path, "1")
+    (tmp_path / "classes.txt").write_text("tree\n", encoding="utf-8")
+    assert not has_own_rooms(tmp_path) and not has_own_rooms(tmp_path / "nowhere")
+
+
+def test_a_room_has_the_offset_that_it_was_moved_by(raw, sources):
+    cloud = read_cloud(rooms(raw)[1][0])
+    low = sources[2]["xyz"].min(0) + (7, -3, 1)
+    np.testing.assert_allclose(cloud.offset, low, atol=.001)
+
+
+def test_litter_is_passed_over_and_copies_are_refused(raw, tmp_path_factory, capsys):
+    before = rooms(raw)
+    where = raw / "Area_5/office_19/Annotations"
+    for name in ("._chair_1.txt", ".DS_Store", "Thumbs.db"):
+        (where / name).write_bytes(b"\0\5\x16\7")
+    assert rooms(raw) == before and capsys.readouterr().err == ""
+    (where / "chair_1.las").touch()
+    assert "passed over 1 file: chair_1.las" in rooms(raw)[2] and "las" in capsys.readouterr().err
+    copy = next(where.glob("wall_*.txt"))
+    for name in (f"{copy.stem} (1).txt", f"{copy.stem} - Copy.txt", f"{copy.stem} copy.txt"):
+        (where / name).write_bytes(copy.read_bytes())
+        with pytest.raises(InputError, match=f"by its name a copy of {copy.name}"):
+            rooms(raw)
+        (where / name).unlink()
+    (raw / "Area_7/plot_1/Annotations").mkdir(parents=True)
+    assert f"{raw}: passed over Area_7, which S3DIS does not have" in rooms(raw)[2]
+    root = tmp_path_factory.mktemp("data")
+    for name in ("Area_1_a.npy", "Area_5_b.NPY", "._Area_1_a.npy", "Area_1_a (1).npy"):
+        with open(root / name, "wb") as file:
+            np.save(file, np.tile([1, 2, 3, 4, 5, 6, 7.], (9, 1)))
+    with pytest.raises(InputError, match="a copy of Area_1_a.npy"):
+        rooms(root)
+    (root / "Area_1_a (1).npy").unlink()
+    assert [stems(paths) for paths in rooms(root)[:2]] == [["Area_1_a"], ["Area_5_b"]]
 
 
 def test_prepared_rooms_give_the_same(raw, tmp_path_factory):

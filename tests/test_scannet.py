@@ -124,6 +124,55 @@ def test_points_are_thinned_but_boxes_come_from_all_of_them(raw, rooms):
     np.testing.assert_allclose(scan["boxes"][:, 3:6], rooms[0]["size"], atol=1e-4)
 
 
+def test_a_scan_without_alignment_stays_as_it_stands_and_that_is_said(raw, rooms, capsys):
+    for name in ("scene0191_00", "scene0568_00"):
+        path = raw / f"scans/{name}/{name}.txt"
+        path.write_text("sceneType = Office\n", encoding="utf-8-sig")
+    for _ in range(2):                                      # prepared, and found prepared
+        train, _, form = scans(raw)
+        said = "2 of 3 scans have no axisAlignment and stay as they stand"
+        assert form.endswith(f"; {said}") and capsys.readouterr().err == f"{said}\n"
+    mesh = (raw / "scans/scene0191_00/scene0191_00_vh_clean_2.ply").read_bytes()
+    table, _ = scannet.read_ply(mesh, faces=False)
+    np.testing.assert_array_equal(np.sort(read_cloud(train[0]).xyz[:, 0]), np.sort(table["x"]))
+
+
+def test_scans_of_neither_list_are_named(raw, votenet, capsys):
+    for name in ("scene0707_00", "scene0708_00", "scene9999_00", "scene9999_01"):
+        (raw / "scans" / name).mkdir()
+        np.save(votenet / f"{name}_vert.npy", np.zeros((9, 6)))
+    said = "passed over 4 scans of neither list: scene0707_00, scene0708_00, scene9999_00, ..."
+    capsys.readouterr()
+    for root in (raw, votenet):
+        assert scans(root)[2].endswith(f"; {said}") and capsys.readouterr().err == f"{said}\n"
+
+
+def test_the_objects_are_those_of_the_mesh_that_is_read(raw):
+    before = contents(scans(raw)[0])
+    path = raw / "scans/scene0191_00/scene0191_00_vh_clean.aggregation.json"    # of another mesh
+    path.write_text('{"segGroups": []}', encoding="utf-8")
+    shutil.rmtree(raw / ".nanoepcl")
+    assert contents(scans(raw)[0]) == before
+    (path.parent / "scene0191_00.aggregation.json").unlink()
+    with pytest.raises(BrokenFile, match="/scene0191_00.aggregation.json: No such file"):
+        scans(raw)
+
+
+def test_marks_before_a_text_are_no_part_of_it(raw):
+    before = contents(scans(raw)[0])
+    for path in (raw / "scannetv2-labels.combined.tsv", *raw.glob("scans/*/*.json"),
+                 *raw.glob("scans/*/*.txt")):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert contents(scans(raw)[0]) == before
+
+
+def test_dark_colours_of_a_scan_are_not_taken_for_shares(raw, rooms):
+    shutil.rmtree(raw / "scans")
+    raw_scan(raw, "scene0191_00", {**rooms[0], "rgb": np.ones((3000, 3), np.uint8)})
+    raw_scan(raw, "scene0568_00", rooms[2])
+    assert read_cloud(scans(raw)[0][0]).rgb.max() == 1
+
+
 def test_ids_that_nyu40_does_not_have_are_minus_one_and_none_is_zero():
     ids = scannet.nyu40_ids(np.array([0, 1, 40, 41, 255, 70_000]))
     assert ids.tolist() == [0, 1, 40, -1, -1, -1]
@@ -202,11 +251,13 @@ def test_a_root_that_cannot_be_written_is_prepared_elsewhere(raw, monkeypatch, c
     ("_vh_clean_2.0.010000.segs.json", lambda b: b[:100], "segs.json"),
     ("_vh_clean_2.0.010000.segs.json", lambda b: b"[1, 2]", "segs.json"),
     ("_vh_clean_2.0.010000.segs.json", lambda b: b'{"segIndices": [1, 2]}',
-     "2 segment ids for 3000 vertices"),
+     "segs.json: 2 segment ids for 3000 vertices"),
     (".aggregation.json", lambda b: b.replace(b'"label": "', b'"label": "teapot '),
      "its label 'teapot"),
     (".aggregation.json", None, "No such file"),
-    (".txt", lambda b: b.replace(b"axisAlignment", b"nothing"), "axisAlignment"),
+    (".txt", lambda b: b.replace(b"axisAlignment = ", b"axisAlignment = 1.0 "), "reshape"),
+    ("_vh_clean_2.0.010000.segs.json", lambda b: b'{"segIndices": []}',
+     "segs.json: 0 segment ids for 3000 vertices"),
 ])
 def test_a_broken_scan_is_named_or_left_out_if_asked(raw, file, change, words, capsys):
     train, _, _ = scans(raw)                                # an older preparation is there

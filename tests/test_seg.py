@@ -13,7 +13,7 @@ import common
 import run
 import train_seg as seg
 from data import synthetic
-from data.files import BrokenFile, read_ply, write_ply
+from data.files import BrokenFile, read_cloud, read_ply, write_ply
 from data.s3dis import ROOM_CLASSES
 from data.scannet import SCANNET_BOXES, SCANNET_POINTS
 from kernels import interpolate
@@ -38,12 +38,12 @@ def room_of(room, name="room"):
 
 def config(root, data="s3dis", **more):
     return {"data": data, "root": str(root), "workers": 1, "skip_broken": False, "test_area": 5,
-            **more}
+            "scale": 1.0, **more}
 
 
 def same_room(room, xyz, rgb, label, atol):
     """A Room holds these points, in this order, moved to 0."""
-    assert [x.dtype for x in room[1:]] == [torch.float32, torch.uint8, torch.int16]
+    assert [x.dtype for x in room[1:4]] == [torch.float32, torch.uint8, torch.int16]
     np.testing.assert_allclose(room.xyz, xyz - xyz.min(0), atol=atol)
     assert (room.xyz.amin(0) == 0).all()
     assert room.rgb.tolist() == rgb.tolist() and room.label.tolist() == label.tolist()
@@ -117,7 +117,7 @@ def test_labels_of_scannet_become_the_twenty_classes_of_the_benchmark(tmp_path):
 
 def test_a_scan_without_labels_is_named_or_left_out_if_asked(small, tmp_path):
     for name in ("scene0191_00", "scene0191_01", "scene0568_00"):
-        np.save(tmp_path / f"{name}_vert.npy", np.ones((8, 6), np.float32))
+        np.save(tmp_path / f"{name}_vert.npy", np.eye(8, 6, dtype=np.float32))
         np.save(tmp_path / f"{name}_sem_label.npy", np.arange(8))
     (tmp_path / "scene0191_01_sem_label.npy").unlink()
     with pytest.raises(InputError, match=f"scene0191_01.*{GO_ON}$"):
@@ -169,6 +169,28 @@ def test_own_clouds_may_lack_colours_and_labels(own, rooms):
     np.save(own / "bare.npy", rooms[0]["xyz"])
     same_room(seg.read_room(own / "bare.npy"), rooms[0]["xyz"], np.zeros((1500, 3), int),
               np.full(1500, seg.IGNORE), 1e-5)
+
+
+def test_own_classes_in_the_layout_of_s3dis(small, tmp_path, rooms):
+    for name, seed in (("Area_1/wood_1", 0), ("Area_2/wood_1", 1), ("Area_north/wood_2", 2)):
+        folder = tmp_path / "forest" / name / "Annotations"
+        folder.mkdir(parents=True)
+        for k, kind in enumerate(("tree", "ground")):
+            xyz = np.random.default_rng(seed).uniform(k, k + 2, (200, 3))
+            np.savetxt(folder / f"{kind}_1.txt", np.c_[xyz, np.ones((200, 3))])
+    root = tmp_path / "forest"
+    train, test, classes, _ = seg.load_rooms(config(root, "folder", test_area="north"))
+    assert classes == ("ground", "tree") and [r.name for r in test] == ["Area_north_wood_2"]
+    assert [r.name for r in train] == ["Area_1_wood_1", "Area_2_wood_1"]
+    assert sorted(test[0].label.tolist()) == [0] * 200 + [1] * 200
+    low = test[0].xyz[test[0].label == 1].mean(0)
+    assert (low < test[0].xyz[test[0].label == 0].mean(0)).all()
+    words = ["--data", "folder", "--root", str(root), "--like", "synthetic", "--epochs", "1"]
+    with pytest.raises(InputError, match="has no Area_5 to test on; choose one of 1, 2, north"):
+        seg.main([*small, *words])
+    seg.main([*small, *words, "--test-area", "2"])
+    seg.main(["--eval", "runs/seg-folder-1", "--test-area", "2", "--export", "out"])
+    assert [p.name for p in Path("out").glob("*.ply")] == ["Area_2_wood_1.ply"]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -256,6 +278,28 @@ def test_windows_cover_every_point_and_leave_no_room(size, points, block):
         assert ((xyz[rows, :2] - middle).abs() <= block / 2 + .0011).all() and len(rows)
         seen[rows] += 1
     assert seen.min() >= 1
+
+
+def test_windows_are_those_of_a_walk_over_all_columns():
+    """The same windows in the same order, also where most columns hold no point."""
+    for seed, (size, points, block) in enumerate([
+            ((5, 3.3, 2), 400, 1.), ((60, 45, 3), 90, 1.), ((.4, 9, 2), 50, 1.),
+            ((30, 7, 1), 30, 2.), ((900, 1, 1), 40, 2.)]):
+        xyz = torch.rand(points, 3, generator=torch.Generator().manual_seed(seed))
+        xyz = xyz * torch.tensor(size)
+        xyz -= xyz.amin(0)
+        found = [(middle.tolist(), rows.tolist()) for middle, rows in seg.windows(xyz, block)]
+        walk, half = [], block / 2
+        ends = xyz.amax(0)[:2].tolist()
+        counts = [max(1, int(np.ceil((end - block) / half)) + 1) for end in ends]
+        for i in range(counts[0]):
+            for j in range(counts[1]):
+                low = torch.tensor([min(k * half, max(end - block, 0))
+                                    for k, end in zip((i, j), ends)])
+                inside = ((xyz[:, :2] >= low - .001) & (xyz[:, :2] <= low + block + .001)).all(1)
+                if inside.any():
+                    walk.append(((low + half).tolist(), inside.nonzero()[:, 0].tolist()))
+        assert [(m, sorted(rows)) for m, rows in found] == walk
 
 
 class Parrot(torch.nn.Module):
@@ -478,6 +522,9 @@ def test_two_processes_follow_the_loss_curve_of_one(own, tiny_clip, tmp_path):
     (["--predict", "x.ply"], "need a run"),
     (["--vote", "3"], "need a run"),
     (["--test-area", "3"], "belongs to --data s3dis"),
+    (["--test-area", "7", "--data", "s3dis"], "S3DIS has the areas 1 to 6"),
+    (["--scale", "0.001"], "--scale belongs to clouds from files"),
+    (["--scale", "0"], "--scale 0 must be above 0"),
     (["--data", "s3dis", "--root", "nowhere"], "no such folder; ask for Stanford3dDataset"),
     (["--data", "s3dis", "--root", "."], "found neither Area_1/ROOM/Annotations"),
     (["--data", "scannet", "--root", "."], "found neither scans/ nor"),
@@ -487,3 +534,60 @@ def test_wrong_arguments_are_one_line(small, words, message):
     with pytest.raises(InputError, match=message) as error:
         seg.main([*small, *words])
     assert "\n" not in str(error.value) and not Path("runs").exists()
+
+
+def test_what_is_written_lies_where_what_was_read_lies(small, rooms):
+    """--predict and --export keep the file's own frame, unit and order, in double far away."""
+    seg.main([*small, "--epochs", "1"])
+    rng = np.random.default_rng(0)
+    for scale, corner in ((1, (12, -30, 1.5)), (1, (500_000, 5_600_000, 80)), (1000, (-7, 9, 0))):
+        xyz = np.array(corner) + rng.uniform(0, 3, (300, 3)) * scale
+        np.save("scan.npy", xyz)
+        more = ["--scale", str(1 / scale)] if scale > 1 else []
+        seg.main(["--eval", "runs/seg-synthetic-1", "--predict", "scan.npy", "--export", "out",
+                  *more])
+        table, _ = read_ply(Path("out/scan.ply").read_bytes())
+        written = np.stack([table[axis] for axis in "xyz"], 1)
+        assert written.dtype == (np.float64 if corner[0] > 1e4 else np.float32)
+        np.testing.assert_allclose(written, xyz, rtol=3e-7, atol=1e-6 * scale)
+        assert len(np.load("out/scan.npy")) == 300
+
+
+def test_rooms_in_millimetres_are_refused_or_scaled(small, own, rooms, capsys):
+    near = seg.load_rooms(config(own, "folder"))[0][0]
+    table = np.c_[rooms[0]["xyz"] * 1000, rooms[0]["rgb"], rooms[0]["semantic"]]
+    np.save(own / "train/room0.npy", table)
+    words = ["--data", "folder", "--root", str(own), "--like", "synthetic"]
+    with pytest.raises(InputError, match=r"room0.npy: spans [\d,]+ x [\d,]+ x [\d,]+ m; metres are "
+                                         r"expected: pass --scale S, 0.001 if"):
+        seg.main([*small, *words])
+    with pytest.raises(InputError, match=r"room1.npz: spans 0.0\d+ x .*; metres are expected"):
+        seg.main([*small, *words, "--scale", "0.001"])      # not all of them are in millimetres
+    room = seg.read_room(own / "train/room0.npy", range(13), 13, 0.001)
+    np.testing.assert_allclose(room.xyz, near.xyz, atol=1e-5)
+    stray = np.r_[rooms[1]["xyz"], [[3000, 0, 0]]]
+    np.save("stray.npy", stray)
+    with pytest.raises(BrokenFile, match="spans 3,000 x .*far away"):
+        seg.read_room("stray.npy")
+
+
+def test_scale_belongs_to_the_run(small, own):
+    for part, name in (("train", "room0.npy"), ("train", "room1.npz"), ("test", "room2.ply")):
+        path = own / part / name
+        cloud = read_cloud(path, 13)
+        path.unlink()
+        np.save(path.with_suffix(".npy"), np.c_[cloud.xyz * 1000, cloud.rgb, cloud.label])
+    words = ["--data", "folder", "--root", str(own), "--like", "synthetic", "--scale", "0.001"]
+    seg.main([*small, *words, "--export", "out"])
+    assert run.load_checkpoint("runs/seg-folder-1", "seg")["config"]["scale"] == 0.001
+    table, _ = read_ply(Path("out/room2.ply").read_bytes())
+    np.testing.assert_allclose(table["x"], read_cloud(own / "test/room2.npy").xyz[:, 0], rtol=1e-6,
+                               atol=1e-3)
+    seg.main(["--eval", "runs/seg-folder-1"])               # without --scale: the run's
+    with pytest.raises(InputError, match="spans"):
+        seg.main(["--eval", "runs/seg-folder-1", "--scale", "1"])
+
+
+def test_one_block_in_a_step_is_enough(small, monkeypatch):
+    monkeypatch.setattr(seg, "SYNTHETIC", (1, 1, 600))
+    seg.main([*small, "--batch-size", "1", "--epochs", "1"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data import synthetic
-from data.files import read_object, sample_surface
+from data.meshes import read_object, sample_surface
 from data.objects import MODELNET40
 from data.synthetic import OBJECT_CLASSES, make_object, object_clouds
 
