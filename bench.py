@@ -529,6 +529,7 @@ def main(argv=None):
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.what == "kernels":
         kernels(device, args.quick)
+        print(f"appended to {OUT}")
     elif args.what == "train":
         train(args.task, device.type, args.batch_size, args.clip, args.precision, args.repeat)
     else:

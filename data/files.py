@@ -519,15 +519,27 @@ def read_boxes(path, offset=0):
 
     offset: that of the Cloud the boxes belong to; their centres are moved as its points are.
     """
+    names, boxes = [], []
     try:
         content = json.loads(text_of(Path(path).read_bytes()))
-        names = [str(box["class"]) for box in content]
-        boxes = [[*box["center"], *box["size"]] for box in content]
-        boxes = np.array(boxes, np.float64).reshape(-1, 6)
-        boxes[:, :3] -= offset
-        boxes = boxes.astype(np.float32)
-    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+        if not isinstance(content, list):
+            raise ValueError("is not a list")
+        for number, box in enumerate(content):
+            if not isinstance(box, dict) or not {"class", "center", "size"} <= box.keys():
+                raise ValueError(f"box {number} lacks class, center or size")
+            for key in "center", "size":
+                if not (isinstance(box[key], list) and len(box[key]) == 3
+                        and all(isinstance(value, (int, float)) for value in box[key])):
+                    raise ValueError(f"the {key} of box {number} is not three numbers")
+            names.append(str(box["class"]))
+            boxes.append(box["center"] + box["size"])
+    except json.JSONDecodeError as error:
+        raise broken(path, f"line {error.lineno} is not JSON ({error.msg})", "repair it") from None
+    except (OSError, ValueError) as error:
         raise broken(path, error, f"{A_SCENE}; repair it") from None
+    boxes = np.array(boxes, np.float64).reshape(-1, 6)
+    boxes[:, :3] -= offset
+    boxes = boxes.astype(np.float32)
     if not np.isfinite(boxes).all():
         raise broken(path, "has NaN coordinates", "repair the file")
     return names, boxes

@@ -104,9 +104,13 @@ def test_own_scenes_in_the_prepared_form_are_read(tmp_path, rooms):
 @pytest.mark.parametrize("boxes, words", [
     ('[{"class": "bed", "center": [0, 0, 0], "size": [1, -2, 1]}]', "box 0 has a size below zero"),
     ('[{"class": "bed", "center": [0, NaN, 0], "size": [1, 1, 1]}]', "NaN"),
-    ('[{"class": "bed", "center": [0, 0, 0]}]', "size.*repair it"),
-    ('[{"class": "bed", "center": [0, 0], "size": [1, 1, 1]}]', "repair it"),
-    ("[", "repair it"),
+    ('[{"class": "bed", "center": [0, 0, 0]}]', "box 0 lacks class, center or size; a scene is"),
+    # three numbers and three make six: not one box
+    ('[{"class": "bed", "center": [0, 0], "size": [1]}, '
+     '{"class": "bed", "center": [0, 0], "size": [1]}]', "center of box 0 is not three numbers"),
+    ('[{"class": "bed", "center": [0, 0, 0], "size": "111"}]', "size of box 0 is not three"),
+    ('{"class": "bed", "center": [0, 0, 0], "size": [1, 1, 1]}', "is not a list; a scene is"),
+    ('[{"class": "bed",\n "center"]', r"line 2 is not JSON \(.*\); repair it"),
     (json.dumps([{"class": "bed", "center": [0, 0, 0], "size": [1, 1, 1]}] * 65),
      "65 boxes, at most 64"),
     ('[{"class": "teapot", "center": [0, 0, 0], "size": [1, 1, 1]}]', "'teapot' does not occur"),
