@@ -526,7 +526,7 @@ def versions():
 
 
 def main_guard(main):
-    """Run a script: an InputError becomes one line on stderr and exit code 2."""
+    """Run a script: what its user can put right becomes one line on stderr and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a letter of a file's name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -534,6 +534,12 @@ def main_guard(main):
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:                # no permission, a file where a folder should be
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give a path that can be read or written",
+              file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:    # in a fork that took less along
         if not str(error.name).startswith("data."):

@@ -4,6 +4,7 @@
     python train_det.py --data scannet --root DIR        the paper's recipe (paper: 43.0 AP50)
     python train_det.py --data folder --root DIR         yours: DIR/{train,val}/NAME.ply + NAME.json
     python train_det.py --eval RUN                       AP of a saved run, class by class
+    python train_det.py --eval RUN --predict scan.ply    boxes for your own scans, in metres, z up
 
 To change the data, edit `load_scenes` and RECIPES; the head, `Detector`; the backbone, pass another
 --clip or edit `EPCLEncoder` in common.py. A box is six numbers, centre and full side lengths in
@@ -162,6 +163,14 @@ def read_scene(path, names, own, notes):
                          "MAX_BOXES")
     scene = Scene(path.stem, *map(torch.from_numpy, (cloud.xyz, boxes)), None, cloud.offset)
     return scene, kinds
+
+
+def read_scan(path):
+    """A cloud without boxes -> Scene."""
+    cloud = read_cloud(path, colours=False)
+    check_span(path, cloud.xyz, "scale the points,")
+    none = torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)
+    return Scene(path.stem, torch.from_numpy(cloud.xyz), *none, cloud.offset)
 
 
 def labelled(path, scene, kinds, classes):
@@ -581,8 +590,9 @@ def table(result, classes, scenes):
 
 def export(folder, scenes, detections, classes):
     """NAME.ply: points in grey, edges of true boxes green, of detections of LEAST_SCORE red.
-    NAME.json: these detections, as --data folder reads them.
+    NAME.json: these detections, as --data folder reads them. -> what each .json holds.
     """
+    written = []
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for scene, d in zip(scenes, detections):
@@ -598,6 +608,8 @@ def export(folder, scenes, detections, classes):
                    "size": found[i, 3:].tolist(), "score": float(best[i])} for i in shown]
         with open(folder / f"{scene.name}.json", "w", encoding="utf-8") as file:
             json.dump(listed, file, indent=1)
+        written.append(listed)
+    return written
 
 
 # ---- Train ---------------------------------------------------------------------------------------
@@ -660,6 +672,8 @@ def main(argv=None):
     args = flags(argv)
     cfg, saved, folder = settings(args)
     setup = Setup(args.device, cfg["precision"])
+    if args.predict:
+        return predict(args, args.export or folder / "predicted", cfg, saved, setup)
     try:
         scenes, test, classes, form = load_scenes(cfg)
     except BrokenFile as error:
@@ -703,6 +717,25 @@ def main(argv=None):
                     train_metrics={"map25": seen[0.25], "map50": seen[0.5]})
 
 
+def predict(args, folder, cfg, saved, setup):
+    """Boxes for anybody's scans, with a saved run."""
+    # all can be read, or none is written
+    scans = [read_scan(Path(file)) for file in args.predict]
+    names = [scan.name for scan in scans]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--predict: several files are called {name}, and {folder}/{name}.ply "
+                             "can hold one; give them one at a time, each with its own --export")
+    _, model = build(cfg, saved, setup)
+    recipe, classes = Recipe(**cfg["recipe"]), cfg["classes"]
+    for file, scan in zip(args.predict, scans):
+        detections = detect(model, [scan], setup, recipe)
+        kinds = [box["class"] for box in export(folder, [scan], detections, classes)[0]]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in classes if kind in kinds)
+        print(f"{file}: {len(scan.xyz):,} points, {len(kinds)} boxes of score {LEAST_SCORE} or "
+              f"more{counts and ': '}{counts} -> {folder}/{scan.name}.ply, .json")
+
+
 def build(cfg, saved, setup):
     """-> FrozenCLIP, model on the device."""
     clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
@@ -722,8 +755,10 @@ def flags(argv):
     flag("--queries", type=whole(1), metavar="Q", help="boxes proposed, at most --tokens")
     flag("--like", choices=RECIPES, help="take another row of the table: `synthetic` suits few "
                                          "scenes and no GPU")
-    flag("--export", metavar="DIR", help="write each test scene with its boxes as .ply, detections "
-                                         "as .json")
+    flag("--predict", nargs="+", metavar="FILE",
+         help="with --eval: detect in these scans (.ply, .npy, .npz)")
+    flag("--export", metavar="DIR", help="write each test scene, or what --predict reads, with its "
+                                         "boxes as .ply, detections as .json")
     flag("--skip-broken", action="store_true",
          help="leave out scenes that cannot be read, and say so")
     return parser.parse_args(argv)
@@ -731,6 +766,8 @@ def flags(argv):
 
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
+    if args.predict and not args.eval:
+        raise InputError("--predict needs a run: add --eval runs/det-...")
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "det")
         return {**cfg, "skip_broken": args.skip_broken}, saved, folder

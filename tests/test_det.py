@@ -14,7 +14,7 @@ import common
 import run
 import train_det as det
 from data import synthetic
-from data.files import write_ply
+from data.files import read_ply, write_ply
 from data.scannet import SCANNET_BOXES
 from run import ABLATIONS, InputError
 from test_scannet import TSV, raw_scan
@@ -507,6 +507,38 @@ def test_a_run_evaluates_resumes_and_repeats(small, monkeypatch, capsys):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_boxes_for_scans_without_truth(small, monkeypatch, capsys, rooms):
+    """In the frame that was read, the same boxes as --eval finds in the same points."""
+    det.main(small)
+    monkeypatch.setattr(det, "LEAST_SCORE", 0.)             # three epochs do not make it sure
+    det.main(["--eval", "runs/det-synthetic-1", "--export", "look"])
+    test = det.load_scenes({"data": "synthetic", "recipe": {"points": SMALL.points}})[1]
+    far = np.array([4e5, 5e6, 0])                           # as in a national grid
+    np.save("room000.npy", test[0].xyz.numpy())
+    np.save("room001.npy", test[1].xyz.numpy() + far)
+    capsys.readouterr()
+    det.main(["--eval", "runs/det-synthetic-1", "--predict", "room000.npy", "room001.npy"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and printed[0].endswith("predicted/room000.ply, .json")
+    folder = Path("runs/det-synthetic-1/predicted")
+    seen, found = (json.loads(Path(p, "room000.json").read_text()) for p in ("look", folder))
+    assert found and [box["class"] for box in seen] == [box["class"] for box in found]
+    for key in "center", "size", "score":                       # other batches round otherwise
+        np.testing.assert_allclose(*([box[key] for box in boxes] for boxes in (seen, found)),
+                                   atol=1e-4)
+    moved = json.loads((folder / "room001.json").read_text())   # patches are others by rounding
+    assert moved and np.abs([box["center"] for box in moved] - far).max() < 15
+    table, _ = read_ply((folder / "room001.ply").read_bytes())
+    xyz = np.stack([table[axis] for axis in "xyz"], 1)[:len(test[1].xyz)]
+    np.testing.assert_allclose(xyz, test[1].xyz.numpy() + far, atol=1e-5, rtol=0)
+    for words, message in (
+            (["room000.npy", "./room000.npy"], "several files are called room000"),
+            (["room000.npy", "cut.ply"], "cut.ply: ")):
+        with pytest.raises(InputError, match=message):
+            det.main(["--eval", "runs/det-synthetic-1", "--predict", *words, "--export", "other"])
+    assert not Path("other").exists()
+
+
 def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     """mAP@0.25 above 0.9 on what it was trained on: nothing between data and metric is broken."""
     scenes = [scene_of(r, f"room{i}") for i, r in enumerate(rooms[:2])]
@@ -527,6 +559,7 @@ def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     (["--queries", "65"], "--queries 65 must be at most --tokens 64"),
     (["--tokens", "1024"], "at most --points 512"),
     (["--tokens", "32"], "may have 64 boxes"),
+    (["--predict", "x.ply"], "--predict needs a run"),
     (["--data", "scannet", "--root", "nowhere"], "no such folder; ask for ScanNet"),
     (["--data", "scannet", "--root", "."], "found neither scans/ nor"),
     (["--data", "folder", "--root", "."], "no clouds; pass --root"),

@@ -182,12 +182,17 @@ def test_each_detection_command_runs(command, tmp_path, monkeypatch, tiny_clip, 
         points=512, tokens=64, radius=.8, neighbours=16, queries=64, layers=2, epochs=1,
         batch_size=2, every=1))
     monkeypatch.chdir(tmp_path)
-    run_above(words, train_det.main, monkeypatch, "--epochs", "2")
+    write_ply(Path("scan.ply"), train_det.load_synthetic(750)[0][0].xyz.numpy())
+    run = run_above(words, train_det.main, monkeypatch, "--epochs", "2")
     capsys.readouterr()
     train_det.main(words)
     printed = capsys.readouterr().out
-    assert "result   mAP@0.25" in printed
-    assert ("resumed after" in printed) == ("--resume" in words)
+    if "--predict" in words:
+        assert "scan.ply: 1,500 points" in printed
+        assert Path(run, "predicted", "scan.json").is_file()
+    else:
+        assert "result   mAP@0.25" in printed
+        assert ("resumed after" in printed) == ("--resume" in words)
     if "--export" in words:
         exported = Path(words[words.index("--export") + 1])
         assert {path.name for path in exported.iterdir()} == {"room000.ply", "room000.json"}

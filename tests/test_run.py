@@ -77,12 +77,14 @@ def test_a_finished_or_failed_run_gives_the_signal_handlers_back(tmp_path):
 
 def test_the_first_ctrl_c_asks_and_the_second_ends_at_once():
     run = Run("cls", CFG, Setup("cpu", "fp32"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a job behind & ignores it
     with run.stopper:
         assert not run.stopper.now(0)
         signal.raise_signal(signal.SIGINT)
         assert run.stopper.now(0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path):
@@ -194,3 +196,11 @@ def test_a_terminal_that_lacks_a_letter_does_not_stop_a_run(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                               encoding=encoding, env={**os.environ, "PYTHONIOENCODING": encoding})
         assert done.returncode == 0 and "\\udcfc" in done.stdout, done.stderr
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(SystemExit) as left:
+        run_module.main_guard((tmp_path / "taken").mkdir)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'taken'}: File exists; give a")
