@@ -28,8 +28,8 @@ import common
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import scannet
-from data.files import (BrokenFile, check_span, own_clouds, read_boxes, read_cloud, usable_boxes,
-                        write_boxes)
+from data.files import (BrokenFile, check_outputs, check_span, own_clouds, read_boxes, read_cloud,
+                        usable_boxes, write_boxes)
 from kernels import farthest_point_sample, knn
 from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows, rank,
                  recipe_parser, saved_settings, seed_of, shared_flags, shared_settings,
@@ -719,13 +719,9 @@ def main(argv=None):
 
 def predict(args, folder, cfg, saved, setup):
     """Boxes for anybody's scans, with a saved run."""
+    check_outputs(args.predict, folder)
     # all can be read, or none is written
     scans = [read_scan(Path(file)) for file in args.predict]
-    names = [scan.name for scan in scans]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"--predict: several files are called {name}, and {folder}/{name}.ply "
-                             "can hold one; give them one at a time, each with its own --export")
     _, model = build(cfg, saved, setup)
     recipe, classes = Recipe(**cfg["recipe"]), cfg["classes"]
     for file, scan in zip(args.predict, scans):

@@ -26,7 +26,7 @@ import common
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import s3dis
-from data.files import BrokenFile, check_span, own_clouds, read_cloud, write_ply
+from data.files import BrokenFile, check_outputs, check_span, own_clouds, read_cloud, write_ply
 from kernels import farthest_point_sample, interpolate, knn
 from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
                  parameter_groups, rank, recipe_parser, saved_settings, seed_of,
@@ -517,13 +517,9 @@ def main(argv=None):
 
 def predict(args, folder, cfg, saved, setup):
     """Labels for anybody's clouds, with a saved run."""
+    check_outputs(args.predict, folder)
     # all can be read, or none is labelled
     rooms = [read_room(file, scale=cfg["scale"]) for file in args.predict]
-    names = [room.name for room in rooms]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"--predict: several files are called {name}, and {folder}/{name}.ply "
-                             "can hold one; label them one at a time, each with its own --export")
     _, model = build(cfg, saved, setup)
     recipe, classes = Recipe(**cfg["recipe"]), cfg["classes"]
     for file, room in zip(args.predict, rooms):

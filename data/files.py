@@ -340,6 +340,18 @@ def refuse_copies(paths):
                              "twice; remove one of them, or rename it")
 
 
+def check_outputs(files, folder):
+    """An InputError where FOLDER/NAME.* of --predict would meet each other or what is read."""
+    names = [Path(file).stem for file in files]
+    for file, name in zip(files, names):
+        if names.count(name) > 1:
+            raise InputError(f"--predict: several files are called {name}, and {folder}/{name}.ply "
+                             "can hold one; give them one at a time, each with its own --export")
+        if Path(file).resolve().parent == Path(folder).resolve():
+            raise InputError(f"--export {folder}: {file} lies there and would be written over; "
+                             "give another folder")
+
+
 def passed_over(folder, others):
     """One line on what is in a folder and not read; "" where that is nothing."""
     if not others:

@@ -537,6 +537,10 @@ def test_boxes_for_scans_without_truth(small, monkeypatch, capsys, rooms):
         with pytest.raises(InputError, match=message):
             det.main(["--eval", "runs/det-synthetic-1", "--predict", *words, "--export", "other"])
     assert not Path("other").exists()
+    for folder in ".", "../" + Path.cwd().name:             # its own input is never written over
+        with pytest.raises(InputError, match="room000.npy lies there and would be written over"):
+            det.main(["--eval", "runs/det-synthetic-1", "--predict", "room000.npy", "--export",
+                      folder])
 
 
 def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):

@@ -435,6 +435,8 @@ def test_a_run_evaluates_resumes_repeats_and_predicts(small, monkeypatch, capsys
     assert "scan.npy: 1,500 points" in said and said.count("it has no colours") == 1
     with pytest.raises(InputError, match="several files are called scan2"):
         seg.main(["--eval", str(whole), "--predict", "scan2.ply", "./scan2.ply"])
+    with pytest.raises(InputError, match="scan2.ply lies there and would be written over"):
+        seg.main(["--eval", str(whole), "--predict", "scan2.ply", "--export", "."])
     Path("cut.ply").write_bytes(Path("scan2.ply").read_bytes()[:-9])
     with pytest.raises(InputError, match="cut.ply: cut short.*; repair it$"):   # nothing to skip
         seg.main(["--eval", str(whole), "--predict", "cut.ply"])
