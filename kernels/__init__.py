@@ -1,9 +1,10 @@
-"""Farthest point sampling, nearest neighbours, interpolation: one file each, CPU and CUDA."""
+"""Sampling, nearest neighbours, ball query, interpolation: one file each, CPU and CUDA."""
+from .ball_query import ball_query
 from .fps import farthest_point_sample, numba, triton
 from .interpolate import interpolate
 from .knn import knn
 
-__all__ = ["farthest_point_sample", "interpolate", "knn"]
+__all__ = ["ball_query", "farthest_point_sample", "interpolate", "knn"]
 
 
 def engine(kind):

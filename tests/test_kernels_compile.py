@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TYPES = dict(xyz="*fp32", query="*fp32", points="*fp32", start="*i64", lengths="*i64", mail="*i64",
              nearest="*fp32", dist2="*fp32", index="*i64", source="*i64", weight="*fp32",
              ends="*i64", N="i32", M="i32", m="i32", k="i32", tiles="i32", T="i32", C="i32",
-             first="i32")
+             first="i32", radius2="fp32")
 
 
 def configurations():
     """(name, kernel, argument types, constexpr and options) of all the launchers can choose."""
-    fps, knn, interpolate = (importlib.import_module(f"kernels.{name}")
-                             for name in ("fps", "knn", "interpolate"))
+    fps, knn, ball, interpolate = (importlib.import_module(f"kernels.{name}")
+                                   for name in ("fps", "knn", "ball_query", "interpolate"))
     sizes = [2 ** i + j for i in range(21) for j in (0, 1)]
     for block, warps in fps.IN_REGISTERS:
         yield "fps_registers", fps._fps_registers, TYPES, dict(BLOCK=block, num_warps=warps)
@@ -40,6 +40,7 @@ def configurations():
     chosen = {str(c): c for N in sizes for k in range(1, knn.MAX_K + 1) for c in [knn.blocks(N, k)]}
     for config in chosen.values():
         yield "knn", knn._knn, TYPES, config
+    yield "ball_query", ball._ball_query, TYPES, ball.BLOCKS
     chosen = {str(c): c for c in map(interpolate.blocks, sizes)}
     for forward, backward in chosen.values():
         for dtype in ("*fp32", "*bf16", "*fp16"):
@@ -108,8 +109,8 @@ def test_every_kernel_configuration_compiles_for_sm_80_and_sm_90(table):
     assert not [row for row in table if "error" in row]
     assert {row["sm"] for row in table} == {80, 90}
     names = {row["kernel"].split()[0] for row in table}
-    assert names == {"fps_registers", "fps_together", "fps_stream", "knn", "interpolate_forward",
-                     "interpolate_backward"}
+    assert names == {"fps_registers", "fps_together", "fps_stream", "knn", "ball_query",
+                     "interpolate_forward", "interpolate_backward"}
 
 
 def test_no_kernel_spills_registers(table):
