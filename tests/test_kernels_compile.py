@@ -19,15 +19,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = dict(xyz="*fp32", query="*fp32", points="*fp32", start="*i64", lengths="*i64", mail="*i64",
              nearest="*fp32", done="*i32", dist2="*fp32", index="*i64", source="*i64",
-             weight="*fp32", ends="*i64", B="i32", N="i32", M="i32", m="i32", k="i32", tiles="i32",
-             T="i32", C="i32", turn="i32")
+             weight="*fp32", ends="*i64", depth="*fp32", B="i32", N="i32", M="i32", m="i32",
+             k="i32", tiles="i32", T="i32", C="i32", turn="i32", H="i32", W="i32", height="i32",
+             width="i32", radius="fp32", radius2="fp32", total="i64")
 CARDS = (80, 86, 89, 90, 100, 120)  # A100, RTX 30xx, RTX 40xx, H100, B200, RTX 50xx
 
 
 def configurations():
     """(name, kernel, argument types, constexpr and options) of all the launchers can choose."""
-    fps, knn, interpolate = (importlib.import_module(f"kernels.{name}")
-                             for name in ("fps", "knn", "interpolate"))
+    fps, knn, interpolate, splat = (importlib.import_module(f"kernels.{name}")
+                                    for name in ("fps", "knn", "interpolate", "splat"))
     sizes = [2 ** i + j for i in range(21) for j in (0, 1)]
     for block, warps in fps.IN_REGISTERS:
         yield "fps_registers", fps._fps_registers, TYPES, dict(BLOCK=block, num_warps=warps)
@@ -47,6 +48,10 @@ def configurations():
                 name = f"{dtype}, C {C}"
                 yield f"interpolate_forward {name}", interpolate._forward, types, forward
                 yield f"interpolate_backward {name}", interpolate._backward, types, backward
+    chosen = {str(c): c for c in map(splat.blocks, sizes)}
+    for config in chosen.values():
+        yield "splat", splat._splat, TYPES, config
+    yield "splat_unpack", splat._unpack, TYPES, splat.UNPACK
 
 
 def compile_kernel(kernel, types, config, sm):
@@ -114,7 +119,7 @@ def test_every_kernel_configuration_compiles_for_every_card(table):
     assert not [row for row in table if "error" in row]
     names = {row["kernel"].split()[0] for row in table}
     assert names == {"fps_registers", "fps_round", "fps_rest", "knn", "interpolate_forward",
-                     "interpolate_backward"}
+                     "interpolate_backward", "splat", "splat_unpack"}
     assert {(row["kernel"].split()[0], row["sm"]) for row in table} == {
         (name, sm) for name in names for sm in CARDS}
 
