@@ -284,6 +284,9 @@ class SetAbstraction(nn.Module):
         self.tokens, self.radius = tokens, radius
         self.neighbours, self.source = neighbours, source
         self.mlp = layers(3, 64, 128, width)
+        for weight in self.mlp.parameters():
+            if weight.ndim > 1:
+                nn.init.kaiming_normal_(weight)                         # as 3DETR
 
     def forward(self, points):
         xyz = points[..., :3].contiguous()                              # (B, N, 3)
@@ -360,10 +363,9 @@ class Detector(nn.Module):
         self.heads = nn.ModuleDict({
             name: nn.Sequential(*layers(width, width, width, dropout=r.head_dropout),
                                 nn.Linear(width, n)) for name, n in outputs.items()})
-        for part in (self.decoder, self.heads, self.query_mlp):         # as 3DETR
-            for weight in part.parameters():
-                if weight.ndim > 1:
-                    nn.init.xavier_uniform_(weight)
+        for weight in self.decoder.parameters():        # as 3DETR; other parts keep torch's defaults
+            if weight.ndim > 1:
+                nn.init.xavier_uniform_(weight)
 
     def fourier_features(self, xyz, low, high):
         """Of the place within the scene: (B, Q, 3) -> (B, Q, 256). Never in bf16: too coarse."""

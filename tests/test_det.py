@@ -427,6 +427,32 @@ def test_the_reference_configuration_trains_8_858_971_weights():
     assert not any("clip" in name for name in model.state_dict())
 
 
+def test_initial_weights_are_those_of_3detr():
+    """Standard deviations: its tokenizer is kaiming_normal, sqrt(2 / inputs); Xavier-uniform,
+    sqrt(2 / (inputs + outputs)), in the decoder alone; torch's default, sqrt(1 / (3 inputs)).
+    """
+    torch.manual_seed(0)
+    clip = common.load_clip("timm:test_vit=random")
+    model = det.Detector(clip, 18, settings_of(det.RECIPES["scannet"]))
+    layer = model.decoder[3]
+    expected = {model.tokenizer.mlp[0]: (2 / 3) ** 0.5, model.tokenizer.mlp[3]: (2 / 64) ** 0.5,
+                model.tokenizer.mlp[6]: (2 / 128) ** 0.5, layer.ffn[0]: (2 / 512) ** 0.5,
+                layer.own.out_proj: (2 / 512) ** 0.5, layer.cross.out_proj: (2 / 512) ** 0.5,
+                model.query_mlp[0]: (1 / 768) ** 0.5, model.query_mlp[2]: (1 / 768) ** 0.5,
+                model.project[3]: (1 / (3 * clip.width)) ** 0.5}
+    for head in model.heads.values():
+        expected |= {head[i]: (1 / 768) ** 0.5 for i in (0, 4, 8)}      # 0.036 in the last layer
+    for part, std in expected.items():
+        assert part.weight.std().item() == pytest.approx(std, rel=0.15), part
+    for attention in (layer.own, layer.cross):              # q, k and v in one matrix
+        assert attention.in_proj_weight.std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.02)
+    rows = torch.randn(500, 256)
+    model.heads["center"].train()[7].p = model.heads["center"][3].p = 0.    # no dropout
+    with torch.no_grad():
+        logits = model.heads["center"](rows)
+    assert logits.std(0).mean().item() == pytest.approx(0.35, abs=0.04)     # 0.85 with Xavier
+
+
 @pytest.fixture
 def model(tiny_clip):
     torch.manual_seed(0)
