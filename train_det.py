@@ -30,7 +30,7 @@ from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather,
 from data import scannet
 from data.files import (BrokenFile, check_outputs, check_span, own_clouds, read_boxes, read_cloud,
                         usable_boxes, write_boxes)
-from kernels import farthest_point_sample, knn
+from kernels import ball_query, farthest_point_sample, knn
 from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows, rank,
                  recipe_parser, saved_settings, seed_of, shared_flags, shared_settings,
                  whole, with_flags, world_size)
@@ -41,7 +41,7 @@ class Recipe(NamedTuple):
     tokens: int             # patches of a scene, G
     radius: float           # of a patch, metres
     neighbours: int         # points of a patch, K
-    source: int             # points that patches are drawn from
+    source: int             # points that the nearest are looked for among
     queries: int            # boxes that the decoder proposes
     content: str            # of a query at first: "zeros", or the "token" it stands on
     layers: int             # of the decoder
@@ -56,6 +56,9 @@ class Recipe(NamedTuple):
     head_dropout: float     # in the heads
     cuboid: bool            # train on random parts of a scene
     every: int              # epochs from one evaluation to the next
+    # defaults: of runs that were saved before there was a choice
+    fine: int = 0           # patches of a first level, where tokens are fewer
+    patches: str = "nearest"                # points of a patch, or the "first" within radius
 
 
 SCANNET = Recipe(
@@ -63,14 +66,15 @@ SCANNET = Recipe(
     source=40_000, queries=256, content="zeros", layers=8,              # paper takes:
     epochs=1080, warmup=9, batch_size=8, clip_norm=0.1, every=10,       # scripts/scannet_ep1080.sh
     decoder_dropout=0.1, head_dropout=0.3, cuboid=True,                 # the same
-    lr=3e-4, decay=0.04, dropout=0.3)                                   # paper 4.1 and supplement
+    lr=3e-4, decay=0.04, dropout=0.3,                                   # paper 4.1 and supplement
+    fine=2048, patches="first")                                         # its detector in LAMM
 RECIPES = {
     "scannet": SCANNET,
     "folder": SCANNET,
     # ours, sized for two CPU cores
     "synthetic": SCANNET._replace(
-        points=4096, tokens=192, radius=0.5, neighbours=32, source=1875, queries=96, layers=3,
-        content="token", epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5, dropout=0.0,
+        points=4096, tokens=192, fine=192, radius=0.5, neighbours=32, source=1875, queries=96,
+        layers=3, content="token", epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5, dropout=0.0,
         decoder_dropout=0.0, head_dropout=0.0, cuboid=False, every=4),
 }
 FINAL_LR = 5e-7             # supplement C
@@ -274,30 +278,50 @@ class SetAbstraction(nn.Module):
     """3DETR's tokenizer: points (B, N, 3) -> tokens (B, G, D), centers (B, G, 3).
 
     The paper says "the same as for classification", but its detector in LAMM has this one. A patch
-    is the K nearest points within `radius`, the nearest one repeated where there are fewer; the
-    release takes the first K in file order. Its 2048 * 64 points are the cloud 3.3 times over; with
-    fewer tokens or neighbours, patches are drawn from `source` points: they overlap as much.
+    is the first K points within `radius`: their order is random. Where there are fewer, the first
+    is repeated. before: a tokenizer whose centres and tokens (B, F, C) take the place of points.
+
+    source: instead, the K nearest within `radius` among so many points, as their number decides how
+    far patches reach.
     """
 
-    def __init__(self, tokens, radius, neighbours, source, width):
+    def __init__(self, tokens, radius, neighbours, widths, before=None, source=0):
         super().__init__()
         self.tokens, self.radius = tokens, radius
         self.neighbours, self.source = neighbours, source
-        self.mlp = layers(3, 64, 128, width)
+        self.before, self.mlp = before, layers(*widths)
         for weight in self.mlp.parameters():
             if weight.ndim > 1:
                 nn.init.kaiming_normal_(weight)                         # as 3DETR
 
     def forward(self, points):
-        xyz = points[..., :3].contiguous()                              # (B, N, 3)
+        xyz, values = points[..., :3].contiguous(), None                # (B, N, 3)
+        if self.before is not None:
+            values, xyz = self.before(points)                           # (B, F, C), (B, F, 3)
         centers = gather(xyz, farthest_point_sample(xyz, self.tokens))  # (B, G, 3)
-        source = xyz                                                    # their order is random
-        if self.source < xyz.shape[1]:
-            source = torch.cat([centers, xyz[:, :self.source]], 1)
-        dist2, idx = knn(centers, source, self.neighbours)              # (B, G, K)
-        idx = torch.where(dist2 <= self.radius ** 2, idx, idx[..., :1])
-        offset = (gather(source, idx) - centers[:, :, None]) / self.radius      # (B, G, K, 3)
-        return self.mlp(offset).amax(2), centers                        # (B, G, D), (B, G, 3)
+        if self.source:
+            if self.source < xyz.shape[1]:
+                xyz = torch.cat([centers, xyz[:, :self.source]], 1)
+            dist2, idx = knn(centers, xyz, self.neighbours)             # (B, G, K)
+            idx = torch.where(dist2 <= self.radius ** 2, idx, idx[..., :1])
+        else:
+            idx = ball_query(centers, xyz, self.radius, self.neighbours)
+        x = (gather(xyz, idx) - centers[:, :, None]) / self.radius      # (B, G, K, 3)
+        if values is not None:
+            x = torch.cat([x, gather(values, idx)], -1)                 # (B, G, K, 3 + C)
+        return self.mlp(x).amax(2), centers                             # (B, G, D), (B, G, 3)
+
+
+def tokenizer_of(recipe, width):
+    """One level of patches, or as in LAMM two: of wider patches, a token has as many more points.
+    """
+    r, wider = recipe, recipe.fine // recipe.tokens
+    if wider <= 1:
+        source = r.source if r.patches == "nearest" else 0
+        return SetAbstraction(r.tokens, r.radius, r.neighbours, (3, 64, 128, width), source=source)
+    fine = SetAbstraction(r.fine, r.radius, r.neighbours, (3, 64, 256))
+    return SetAbstraction(r.tokens, r.radius * wider, r.neighbours * wider, (3 + 256, 512, width),
+                          before=fine)
 
 
 def layers(*widths, dropout=None):
@@ -349,7 +373,7 @@ class Detector(nn.Module):
         super().__init__()
         r = Recipe(**cfg["recipe"])
         self.queries, self.content = r.queries, r.content
-        self.tokenizer = SetAbstraction(r.tokens, r.radius, r.neighbours, r.source, clip.width)
+        self.tokenizer = tokenizer_of(r, clip.width)
         self.encoder = EPCLEncoder(clip, task_tokens=classes + 1, class_token=False,
                                    **encoder_options(cfg))
         self.project = layers(clip.width, clip.width, clip.width, width)
@@ -749,7 +773,10 @@ def flags(argv):
     shared_flags(parser, CLIP_NAMES)
     flag = parser.add_argument
     flag("--points", type=whole(1), metavar="N", help="points of a scene")
-    flag("--tokens", type=whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048)")
+    flag("--tokens", type=whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048); "
+                                                      "fewer are cut from a finer level")
+    flag("--patches", choices=["first", "nearest"],
+         help="points of a patch: the first ones within the radius, as the release, or the nearest")
     flag("--queries", type=whole(1), metavar="Q", help="boxes proposed, at most --tokens")
     flag("--like", choices=RECIPES, help="take another row of the table: `synthetic` suits few "
                                          "scenes and no GPU")
@@ -770,14 +797,16 @@ def settings(args):
         cfg, saved, folder = saved_settings(args, "det")
         return {**cfg, "skip_broken": args.skip_broken}, saved, folder
     recipe = RECIPES[args.like or args.data or "synthetic"]
-    if args.tokens:                         # fewer tokens, wider patches: as much of the room
-        radius = round(recipe.radius * (recipe.tokens / args.tokens) ** 0.5, 4)
-        recipe = recipe._replace(radius=radius, queries=min(recipe.queries, args.tokens),
-                                 source=recipe.source * args.tokens // recipe.tokens)
     recipe = with_flags(recipe, args)
-    if not recipe.queries <= recipe.tokens <= recipe.points:
+    if not args.queries:
+        recipe = recipe._replace(queries=min(recipe.queries, recipe.tokens))
+    levels = recipe.tokens, recipe.fine if recipe.fine >= 2 * recipe.tokens else 0
+    if not recipe.queries <= recipe.tokens <= max(levels) <= recipe.points:
         raise InputError(f"--queries {recipe.queries} must be at most --tokens {recipe.tokens}, "
-                         f"and that at most --points {recipe.points}")
+                         f"and the {max(levels)} patches at most --points {recipe.points}")
+    if levels[1] and recipe.patches == "nearest":
+        raise InputError(f"--patches nearest has one level of patches: leave --tokens out, or give "
+                         f"more than {recipe.fine // 2}")
     if recipe.queries < MAX_BOXES:
         raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at "
                          "least that many")

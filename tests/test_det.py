@@ -407,7 +407,7 @@ def test_an_exported_scene_shows_points_and_boxes_and_its_detections_can_be_read
 # --- model ----------------------------------------------------------------------------------------
 
 SMALL = det.RECIPES["synthetic"]._replace(
-    points=512, tokens=64, radius=.8, neighbours=16, source=312, queries=64, layers=2, epochs=2,
+    points=512, tokens=64, fine=64, radius=.8, neighbours=16, source=312, queries=64, layers=2, epochs=2,
     batch_size=2, every=1)
 
 
@@ -487,15 +487,64 @@ def test_task_tokens_learn_and_the_transformer_does_not(model, rooms):
     assert list(model.encoder.clip.parameters()) == []
 
 
-def test_fewer_tokens_take_their_patches_from_fewer_points_and_bad_neighbours_are_replaced():
-    tokenizer = det.SetAbstraction(64, .25, 16, 312, 32).eval()
-    points = torch.rand(2, 4096, 3) * 4
-    tokens, centers = tokenizer(points)
-    assert tokens.shape == (2, 64, 32) and centers.shape == (2, 64, 3)
-    alone = torch.cat([points, torch.full((2, 1, 3), 50.)], 1)      # a point without neighbours
-    tokens, centers = tokenizer(alone)
-    lonely = (centers[0] > 40).all(1).nonzero()[0, 0]
-    assert torch.allclose(tokens[0, lonely], tokenizer.mlp(torch.zeros(1, 3))[0], atol=1e-5)
+def by_hand(tokenizer, xyz, centers, values=None):
+    """The tokens of one cloud, patch by patch, from the first K points within the radius."""
+    tokens = []
+    for center in centers:
+        near = ((xyz - center) ** 2).sum(1) < tokenizer.radius ** 2
+        idx = near.nonzero()[:tokenizer.neighbours, 0]
+        x = (xyz[idx] - center) / tokenizer.radius          # repeated points change no maximum
+        x = x if values is None else torch.cat([x, values[idx]], 1)
+        tokens.append(tokenizer.mlp(x).amax(0))
+    return torch.stack(tokens)
+
+
+def test_patches_are_the_first_points_within_the_radius():
+    tokenizer = det.SetAbstraction(20, .5, 16, (3, 8, 32)).eval()
+    points = torch.rand(2, 900, 3) * 3
+    points[1, 700] = 50                                     # has no neighbours
+    with torch.no_grad():
+        tokens, centers = tokenizer(points)
+        for b in range(2):
+            expected = by_hand(tokenizer, points[b], centers[b])
+            assert torch.allclose(tokens[b], expected, atol=1e-6)
+        lonely = (centers[1] > 40).all(1).nonzero()[0, 0]
+        assert torch.allclose(tokens[1, lonely], tokenizer.mlp(torch.zeros(1, 3))[0], atol=1e-6)
+
+
+def test_fewer_tokens_are_a_second_level_as_in_lamm():
+    tokenizer = det.tokenizer_of(det.RECIPES["scannet"]._replace(tokens=256), 1024)
+    fine = tokenizer.before
+    assert (fine.tokens, fine.radius, fine.neighbours) == (2048, .2, 64)
+    assert (tokenizer.tokens, tokenizer.radius, tokenizer.neighbours) == (256, 1.6, 512)
+    assert [m.weight.shape for m in (*fine.mlp[::3], *tokenizer.mlp[::3])] == [
+        (64, 3), (256, 64), (512, 259), (1024, 512)]
+    recipe = det.RECIPES["scannet"]._replace(fine=60, tokens=15, radius=.5, neighbours=8)
+    tokenizer = det.tokenizer_of(recipe, 32).eval()
+    points = torch.rand(1, 900, 3) * 3
+    with torch.no_grad():
+        values, centers = tokenizer.before(points)
+        tokens, chosen = tokenizer(points)
+        assert torch.equal(chosen[0], centers[0, :15])      # farthest points of farthest points
+        expected = by_hand(tokenizer, centers[0], chosen[0], values[0])
+    assert torch.allclose(tokens[0], expected, atol=1e-6)
+
+
+def test_the_nearest_points_are_a_choice_and_what_older_runs_have():
+    recipe = det.RECIPES["synthetic"]._replace(patches="nearest")
+    tokenizer = det.tokenizer_of(recipe, 32).eval()
+    points = torch.rand(1, 4096, 3) * 4
+    with torch.no_grad():
+        tokens, centers = tokenizer(points)
+        among = torch.cat([centers[0], points[0, :recipe.source]])
+        for token, center in zip(tokens[0], centers[0]):
+            distance, idx = ((among - center) ** 2).sum(1).sort()
+            idx = idx[:32][distance[:32] <= .25]
+            expected = tokenizer.mlp((among[idx] - center) / .5).amax(0)
+            assert torch.allclose(token, expected, atol=1e-6)
+    older = {name: x for name, x in recipe._asdict().items() if name not in ("fine", "patches")}
+    again = det.tokenizer_of(det.Recipe(**older), 32)
+    assert again.source == recipe.source and again.before is None
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -589,6 +638,8 @@ def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     (["--queries", "65"], "--queries 65 must be at most --tokens 64"),
     (["--tokens", "1024"], "at most --points 512"),
     (["--tokens", "32"], "may have 64 boxes"),
+    (["--data", "scannet", "--tokens", "256", "--points", "1000"], "the 2048 patches at most"),
+    (["--data", "scannet", "--tokens", "256", "--patches", "nearest"], "has one level of patches"),
     (["--predict", "x.ply"], "--predict needs a run"),
     (["--data", "scannet", "--root", "nowhere"], "no such folder; ask for ScanNet"),
     (["--data", "scannet", "--root", "."], "found neither scans/ nor"),
