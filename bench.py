@@ -22,17 +22,19 @@ import torch
 from torch.profiler import record_function
 
 from common import gather
-from kernels import farthest_point_sample, interpolate, knn, splat
+from kernels import ball_query, farthest_point_sample, interpolate, knn, splat
 from run import InputError, Run, Setup, main_guard, parameter_groups, versions, whole
 
-fps_file, knn_file, splat_file = (importlib.import_module(f"kernels.{name}")
-                                  for name in ("fps", "knn", "splat"))
+fps_file, knn_file, ball_file, splat_file = (importlib.import_module(f"kernels.{name}")
+                                             for name in ("fps", "knn", "ball_query", "splat"))
 OUT = Path(__file__).parent / "docs" / "bench.jsonl"
 
 #       B, N, m
 FPS = [(32, 1024, 64), (32, 8192, 1200), (8, 40_000, 2048), (2, 80_000, 20_000), (1, 120_000, 2048)]
 #       B, queries, N, k
 KNN = [(32, 64, 1024, 32), (8, 2048, 40_000, 64), (1, 80_000, 80_000, 16), (1, 1_000_000, 4096, 3)]
+#       B, queries, N, radius, k: the detector's patches, and the second level of LAMM's
+BALL = [(8, 2048, 40_000, 0.2, 64), (8, 256, 2048, 1.6, 512)]
 #       B, N, S, C, dtype
 INTERPOLATE = [(8, 40_000, 2048, C, dtype)
                for C in (256, 512) for dtype in (torch.float32, torch.bfloat16)]
@@ -194,6 +196,34 @@ def knn_case(device, B, M, N, k):
     return calls, floor, same_indices
 
 
+def ball_case(device, B, M, N, radius, k):
+    """Balls around points of an empty room, of its six sides: 4 x 5 x 2.5 m."""
+    g = torch.Generator(device).manual_seed(0)
+    points = torch.rand(B, N, 3, device=device, generator=g)
+    end = torch.randint(2, (B, N, 1), device=device, generator=g).float()
+    areas = torch.tensor([5 * 2.5, 4 * 2.5, 4 * 5], device=device)
+    side = torch.multinomial(areas, B * N, True, generator=g).view(B, N, 1)     # at one end of it
+    points = points.scatter(2, side, end) * torch.tensor([4, 5, 2.5], device=device)
+    query = points[:, :M].contiguous()
+    lengths = torch.full((B,), N, device=device)
+    calls = {"ours": lambda: ball_query(query, points, radius, k),
+             "torch": lambda: ball_file.ball_torch(query, points, radius, k, lengths)}
+    if device.type == "cuda":
+        if pointnet2 := optional("pointnet2_ops.pointnet2_utils"):
+            calls["pointnet2_ops"] = lambda: pointnet2.ball_query(radius, k, points, query)
+        if mmcv := optional("mmcv.ops"):
+            calls["mmcv"] = lambda: mmcv.ball_query(0, radius, k, points, query)
+    if pytorch3d := optional("pytorch3d.ops"):
+        def padded():
+            found = pytorch3d.ball_query(query, points, K=k, radius=radius, return_nn=False).idx
+            return torch.where(found < 0, found[..., :1], found)
+        calls["pytorch3d"] = padded
+    last = calls["ours"]()[..., -1]         # a scan ends there where a ball is full
+    read = torch.where(last > calls["ours"]()[..., 0], last + 1, N).sum()
+    floor = {"pairs": int(read), "bytes": 12 * B * (M + N) + 8 * B * M * k}
+    return calls, floor, same_indices
+
+
 def interpolate_case(device, B, N, S, C, dtype):
     g = torch.Generator(device).manual_seed(0)
     query = torch.rand(B, N, 3, device=device, generator=g)
@@ -265,6 +295,8 @@ def name_of(kernel, shape):
         return "FPS {} x {:,} -> {:,}".format(*shape)
     if kernel == "KNN":
         return "KNN {} x ({:,} of {:,}), k = {}".format(*shape)
+    if kernel == "ball query":
+        return "ball query {} x ({:,} of {:,}), {} m, k = {}".format(*shape)
     if kernel == "grouping":
         return "grouping {} x {:,}, {:,} x {}, C = {}, both ways".format(*shape)
     if kernel == "splat":
@@ -283,12 +315,12 @@ def kernels(device, quick):
     print(f"{'workload':66s}{'contender':17s}{'ms':>10}{'spread':>8}{'MB':>8}{'same':>8}"
           f"{'ours is':>9}{'floor ms':>10}{'of floor':>9}")
     cases = [("FPS", fps_case, FPS), ("KNN", knn_case, KNN),
-             ("interpolation", interpolate_case, INTERPOLATE), ("grouping", group_case, GROUP),
-             ("splat", splat_case, SPLAT)]
+             ("ball query", ball_case, BALL), ("interpolation", interpolate_case, INTERPOLATE),
+             ("grouping", group_case, GROUP), ("splat", splat_case, SPLAT)]
     for kernel, case, shapes in cases:
         for shape in shapes:
             limit = 3e8 if quick else 1e12              # distances of a workload
-            if kernel in ("FPS", "KNN") and np.prod(shape[:3], dtype=float) > limit:
+            if kernel in ("FPS", "KNN", "ball query") and np.prod(shape[:3], dtype=float) > limit:
                 continue
             half = kernel == "interpolation" and shape[4] == torch.bfloat16
             if half and device.type == "cpu" or kernel == "interpolation" and quick:
@@ -388,9 +420,10 @@ def random_data(script, task, recipe, device):
 
 LABELS = {                  # what the profiler calls a part of a step -> its name in the table
     "step": "the rest", "data": "data", "nanoepcl::farthest_point_sample": "FPS",
-    "nanoepcl::knn": "KNN", "nanoepcl::interpolate": "interpolation",
-    "nanoepcl::interpolate_backward": "interpolation", "tokenizer": "tokenizer",
-    "frozen forward": "frozen forward", "model": "head", "matching": "matching",
+    "nanoepcl::knn": "KNN", "nanoepcl::ball_query": "ball query",
+    "nanoepcl::interpolate": "interpolation", "nanoepcl::interpolate_backward": "interpolation",
+    "tokenizer": "tokenizer", "frozen forward": "frozen forward", "model": "head",
+    "matching": "matching",
     "autograd::engine::evaluate_function": "backward", "Optimizer.step#AdamW.step": "optimiser"}
 
 

@@ -251,11 +251,7 @@ def _operator(query: torch.Tensor, points: torch.Tensor, k: int, lengths: torch.
               check: bool) -> tuple[torch.Tensor, torch.Tensor]:
     (B, M, _), N = query.shape, points.shape[1]
     if check and B:  # inside the operator, so that torch.compile keeps the checks
-        for what, xyz in (("query", query), ("points", points)):
-            bad = xyz.numel() // 3 - int((xyz.abs() <= 1e18).all(-1).sum())  # NaN fails, too
-            if bad:
-                raise ValueError(f"knn: {what} holds {bad} points with NaN, Inf or values beyond "
-                                 "1e18; remove them when the data is read")
+        check_values("knn", query, points)
         low, high = int(lengths.min()), int(lengths.max())
         if low < k or high > N:
             raise ValueError(f"knn: lengths go from {low} to {high}, must lie in k = {k} .. N = "
@@ -290,6 +286,24 @@ def check_clouds(name, query, points):
                          f"has {len(query)} on {query.device}; pass one batch on one device")
 
 
+def lengths_of(name, points, lengths):
+    B, N, _ = points.shape
+    if lengths is None:
+        return torch.full((B,), N, dtype=torch.int64, device=points.device)
+    if lengths.shape != (B,) or lengths.is_floating_point() or lengths.device != points.device:
+        raise ValueError(f"{name}: lengths must be ({B},) integers on {points.device}, not "
+                         f"{tuple(lengths.shape)} {lengths.dtype} on {lengths.device}")
+    return lengths.contiguous()
+
+
+def check_values(name, query, points):
+    for what, xyz in (("query", query), ("points", points)):
+        bad = xyz.numel() // 3 - int((xyz.abs() <= 1e18).all(-1).sum())  # NaN fails, too
+        if bad:
+            raise ValueError(f"{name}: {what} holds {bad} points with NaN, Inf or values beyond "
+                             "1e18; remove them when the data is read")
+
+
 def knn(query, points, k, lengths=None, check=None):
     """The k nearest of points (B, N, 3) to each query (B, M, 3): dist2 and index, both (B, M, k).
 
@@ -301,20 +315,15 @@ def knn(query, points, k, lengths=None, check=None):
     dist2 carries no gradient: recompute it from the gathered points where one is needed.
     """
     check_clouds("knn", query, points)
-    B, N, _ = points.shape
+    N = points.shape[1]
     if k > N:
         raise ValueError(f"knn: k = {k} neighbours from clouds of {N} points; "
                          f"pass k <= {N} or larger clouds")
     if not 1 <= k <= MAX_K:
         raise ValueError(f"knn: k = {k}; pass k in 1 .. {MAX_K}, the limit of the kernel")
-    if lengths is None:
-        lengths = torch.full((B,), N, dtype=torch.int64, device=query.device)
-    if lengths.shape != (B,) or lengths.is_floating_point() or lengths.device != query.device:
-        raise ValueError(f"knn: lengths must be ({B},) integers on {query.device}, not "
-                         f"{tuple(lengths.shape)} {lengths.dtype} on {lengths.device}")
     check = bool(check) or query.device.type == "cpu"
     return _operator(query.detach().float().contiguous(), points.detach().float().contiguous(), k,
-                     lengths.contiguous(), check)
+                     lengths_of("knn", points, lengths), check)
 
 
 def _brute_force(query, points, k):  # float64, all distances, a stable sort

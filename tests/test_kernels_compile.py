@@ -27,8 +27,9 @@ CARDS = (80, 86, 89, 90, 100, 120)  # A100, RTX 30xx, RTX 40xx, H100, B200, RTX 
 
 def configurations():
     """(name, kernel, argument types, constexpr and options) of all the launchers can choose."""
-    fps, knn, interpolate, splat = (importlib.import_module(f"kernels.{name}")
-                                    for name in ("fps", "knn", "interpolate", "splat"))
+    fps, knn, ball, interpolate, splat = (
+        importlib.import_module(f"kernels.{name}")
+        for name in ("fps", "knn", "ball_query", "interpolate", "splat"))
     sizes = [2 ** i + j for i in range(21) for j in (0, 1)]
     for block, warps in fps.IN_REGISTERS:
         yield "fps_registers", fps._fps_registers, TYPES, dict(BLOCK=block, num_warps=warps)
@@ -40,6 +41,7 @@ def configurations():
     chosen = {str(c): c for N in sizes for k in range(1, knn.MAX_K + 1) for c in [knn.blocks(N, k)]}
     for config in chosen.values():
         yield "knn", knn._knn, TYPES, config
+    yield "ball_query", ball._ball_query, TYPES, ball.BLOCKS
     chosen = {str(c): c for c in map(interpolate.blocks, sizes)}
     for forward, backward in chosen.values():
         for dtype in ("*fp32", "*bf16", "*fp16"):
@@ -118,8 +120,8 @@ def table(tmp_path_factory):
 def test_every_kernel_configuration_compiles_for_every_card(table):
     assert not [row for row in table if "error" in row]
     names = {row["kernel"].split()[0] for row in table}
-    assert names == {"fps_registers", "fps_round", "fps_rest", "knn", "interpolate_forward",
-                     "interpolate_backward", "splat", "splat_unpack"}
+    assert names == {"fps_registers", "fps_round", "fps_rest", "knn", "ball_query",
+                     "interpolate_forward", "interpolate_backward", "splat", "splat_unpack"}
     assert {(row["kernel"].split()[0], row["sm"]) for row in table} == {
         (name, sm) for name in names for sm in CARDS}
 
