@@ -25,8 +25,8 @@ from common import gather
 from kernels import ball_query, farthest_point_sample, interpolate, knn, splat
 from run import InputError, Run, Setup, main_guard, parameter_groups, versions, whole
 
-fps_file, knn_file, ball_file, splat_file = (
-    importlib.import_module(f"kernels.{name}") for name in ("fps", "knn", "ball_query", "splat"))
+fps_file, knn_file, ball_file, splat_file = (importlib.import_module(f"kernels.{name}")
+                                             for name in ("fps", "knn", "ball_query", "splat"))
 OUT = Path(__file__).parent / "docs" / "bench.jsonl"
 
 #       B, N, m
@@ -315,8 +315,8 @@ def kernels(device, quick):
     print(f"{'workload':66s}{'contender':17s}{'ms':>10}{'spread':>8}{'MB':>8}{'same':>8}"
           f"{'ours is':>9}{'floor ms':>10}{'of floor':>9}")
     cases = [("FPS", fps_case, FPS), ("KNN", knn_case, KNN),
-             ("ball query", ball_case, BALL), ("grouping", group_case, GROUP),
-             ("interpolation", interpolate_case, INTERPOLATE), ("splat", splat_case, SPLAT)]
+             ("ball query", ball_case, BALL), ("interpolation", interpolate_case, INTERPOLATE),
+             ("grouping", group_case, GROUP), ("splat", splat_case, SPLAT)]
     for kernel, case, shapes in cases:
         for shape in shapes:
             limit = 3e8 if quick else 1e12              # distances of a workload

@@ -1,4 +1,4 @@
-"""Sampling, neighbours, balls, interpolation, points to pixels: a file each, CPU and CUDA."""
+"""Sampling, neighbours, ball query, interpolation, points to pixels: a file each, CPU and CUDA."""
 from .ball_query import ball_query
 from .fps import farthest_point_sample, numba, triton
 from .interpolate import interpolate

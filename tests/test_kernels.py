@@ -1,4 +1,4 @@
-"""Sampling, neighbours, balls, interpolation, splat: Triton against torch, both against NumPy.
+"""Sampling, neighbours, balls, interpolation and splat: Triton against torch, both against NumPy.
 
 Triton and torch must agree bit for bit on any cloud. NumPy works in float64, which can order
 distances that differ by less than fp32 rounding: so the distances are compared and not the indices.
