@@ -123,15 +123,23 @@ def shared_settings(args, recipe, synthetic_clip):
             **{name: getattr(args, name) for name in ABLATIONS}}
 
 
-def saved_settings(args, task):
-    """--resume or --eval: config, checkpoint, folder. Flags that contradict them are refused."""
+def saved_settings(args, task, other_data=False):
+    """--resume or --eval: config, checkpoint, folder. Flags that contradict them are refused.
+
+    other_data: --eval may name other --data; what the run was trained on is then `trained_on`.
+    """
     if args.resume and args.eval:
         raise InputError("--resume goes on with a run, --eval only looks at it; give one of them")
     path = Path(args.resume or args.eval)
     saved = load_checkpoint(path, task)
-    cfg = saved["config"]
+    cfg, other = saved["config"], []
+    if other_data and args.eval and args.data not in (None, cfg["data"]):
+        cfg.update(trained_on=cfg["data"], data=args.data, root=None)
+        other = ["test_area"]
+    if cfg["data"] == "synthetic" and args.root:
+        raise InputError(f"--root {args.root}: the built-in data has no files; add --data")
     free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export", "clip",
-            "official", "skip_broken"]      # weights are known by their hash: `check_frozen`
+            "official", "skip_broken", *other]      # weights are known by their hash: `check_frozen`
     free += ["precision", "batch_size", "scale"] if args.eval else ["compile"]
     for name, value in vars(args).items():
         was = cfg["recipe"].get(name, cfg.get(name))

@@ -101,7 +101,7 @@ class Scene(NamedTuple):
 
 
 def load_scenes(cfg):
-    """-> train scenes, test scenes, class names, what was read."""
+    """-> train scenes, test scenes, class names, what was read. A saved run has its own classes."""
     if cfg["data"] == "synthetic":
         return load_synthetic(cfg["recipe"]["points"])
     root, own = Path(cfg["root"] or f"data/{cfg['data']}"), cfg["data"] == "folder"
@@ -120,14 +120,15 @@ def load_scenes(cfg):
                 if not cfg["skip_broken"]:
                     raise
                 notes.append(f"LEFT OUT {error}")
-    classes = tuple(names.values())
+    classes = list(names.values())
     if own:
-        classes = tuple(sorted({kind for _, _, kinds in parts[0] for kind in kinds}))
-        if not classes:
-            raise InputError(f"{root / 'train'}: no scene has a box; there is nothing to learn")
+        classes = sorted({kind for _, _, kinds in parts[0] for kind in kinds})
+    classes = cfg.get("classes", classes)
+    if not classes:
+        raise InputError(f"{root / 'train'}: no scene has a box; there is nothing to learn")
     for part in parts:
         part[:] = [labelled(*found, classes) for found in part]
-    return *parts, classes, "; ".join([form, *notes])
+    return *parts, tuple(classes), "; ".join([form, *notes])
 
 
 def load_synthetic(points):
@@ -181,8 +182,9 @@ def labelled(path, scene, kinds, classes):
     """The scene with the number of each box's class."""
     for kind in kinds:
         if kind not in classes:
-            raise InputError(f"{path.with_suffix('.json')}: the class {kind!r} does not occur in "
-                             "the training scenes; correct the name or add training scenes")
+            raise InputError(f"{path.with_suffix('.json')}: the class {kind!r} is none of those "
+                             f"to learn ({', '.join(classes)[:100]}); correct the name, or train "
+                             "on scenes that have it")
     label = torch.tensor([classes.index(kind) for kind in kinds], dtype=torch.int64)
     return scene._replace(label=label)
 
@@ -708,7 +710,7 @@ def main(argv=None):
         raise InputError(f"{form}: {len(scenes)} scenes to train, {len(test)} to test; it takes "
                          "both")
     if saved and list(classes) != cfg["classes"]:
-        raise InputError(f"{form}: has other classes than the run: {' '.join(classes)[:200]}")
+        raise InputError(f"{form}: has other classes than the run: {', '.join(classes)[:200]}")
     cfg["classes"] = list(classes)
     clip, model = build(cfg, saved, setup)
     recipe = Recipe(**cfg["recipe"])
@@ -730,11 +732,14 @@ def main(argv=None):
     for line in table(result, classes, test):
         run.print(line)
     at, ap, train_scenes = run.at, mean_ap(result), scenes[:len(test)]
-    seen = mean_ap(evaluate(model, train_scenes, setup, recipe)[0])
+    of_run = f" of a run on {cfg.get('trained_on')}"
+    if "trained_on" not in cfg:
+        seen = mean_ap(evaluate(model, train_scenes, setup, recipe)[0])
+        of_run = (f" (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']}; on "
+                  f"{len(train_scenes)} training scenes {100 * seen[0.25]:.2f} and "
+                  f"{100 * seen[0.5]:.2f})")
     run.print(f"result   mAP@0.25 {100 * ap[0.25]:.2f} %, mAP@0.50 {100 * ap[0.5]:.2f} %, epoch "
-              f"{at['epoch']} (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']}; "
-              f"on {len(train_scenes)} training scenes {100 * seen[0.25]:.2f} and "
-              f"{100 * seen[0.5]:.2f}); {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
+              f"{at['epoch']}{of_run}; {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
     if args.export and rank() == 0:
         export(args.export, test, found, classes)
         run.print(f"export   {len(test)} scenes in {args.export}: true boxes green, detections red")
@@ -794,7 +799,7 @@ def settings(args):
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/det-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "det")
+        cfg, saved, folder = saved_settings(args, "det", other_data=True)
         return {**cfg, "skip_broken": args.skip_broken}, saved, folder
     recipe = RECIPES[args.like or args.data or "synthetic"]
     recipe = with_flags(recipe, args)

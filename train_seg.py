@@ -97,6 +97,8 @@ def load_rooms(cfg):
     else:
         *parts, names, form = own_rooms(root, cfg)
         classes = {name: k for k, name in enumerate(names)}
+    if set(cfg.get("classes", ())) == set(classes):             # of a saved run, in its order
+        classes = {name: classes[name] for name in cfg["classes"]}
     known = 41 if cfg["data"] == "scannet" else len(classes)    # nyu40's labels, or ours
     rooms, notes = [[], []], [form]
     if cfg["scale"] != 1:
@@ -468,7 +470,7 @@ def main(argv=None):
     if not rooms or not test:
         raise InputError(f"{form}: {len(rooms)} rooms to train, {len(test)} to test; it takes both")
     if saved and list(classes) != cfg["classes"]:
-        raise InputError(f"{form}: has other classes than the run: {' '.join(classes)[:200]}")
+        raise InputError(f"{form}: has other classes than the run: {', '.join(classes)[:200]}")
     cfg["classes"] = list(classes)
     clip, model = build(cfg, saved, setup)
     recipe = Recipe(**cfg["recipe"])
@@ -502,10 +504,12 @@ def main(argv=None):
     run.print(f"blocks   mIoU {100 * blocks['miou']:.2f} % over the points of all blocks, before "
               "they are summed: the metric of papers that do not evaluate whole rooms")
     voted = f", {votes} votes" if votes > 1 else ""
+    of_run = f" of a run on {cfg.get('trained_on')}"
+    if "trained_on" not in cfg:
+        of_run = f" (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']})"
     run.print(f"result   mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, OA "
               f"{100 * result['oa']:.2f} %, every point of {len(test)} rooms{voted}, epoch "
-              f"{at['epoch']} (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']}); "
-              f"{cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
+              f"{at['epoch']}{of_run}; {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
     if args.export:
         run.print(f"export   {len(test)} rooms in {args.export}")
     if not args.eval:
@@ -575,7 +579,9 @@ def settings(args):
     if (args.predict or args.vote) and not args.eval:
         raise InputError("--predict and --vote need a run: add --eval runs/seg-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "seg")
+        cfg, saved, folder = saved_settings(args, "seg", other_data=True)
+        if "trained_on" in cfg:
+            cfg.update(scale=1.0, test_area=args.test_area or 5)
         cfg["scale"] = args.scale or cfg.get("scale", 1.0)
         cfg["skip_broken"] = args.skip_broken
         return cfg, saved, folder

@@ -113,7 +113,7 @@ def test_own_scenes_in_the_prepared_form_are_read(tmp_path, rooms):
     ('[{"class": "bed",\n "center"]', r"line 2 is not JSON \(.*\); repair it"),
     (json.dumps([{"class": "bed", "center": [0, 0, 0], "size": [1, 1, 1]}] * 65),
      "65 boxes, at most 64"),
-    ('[{"class": "teapot", "center": [0, 0, 0], "size": [1, 1, 1]}]', "'teapot' does not occur"),
+    ('[{"class": "teapot", "center": [0, 0, 0], "size": [1, 1, 1]}]', "'teapot' is none of those to learn"),
 ])
 def test_bad_boxes_are_named(own, boxes, words):
     (own / "val/room0.json").write_text(boxes)
@@ -580,6 +580,49 @@ def test_a_run_evaluates_resumes_and_repeats(small, monkeypatch, capsys):
     a, b = (torch.load(f"{folder}/last.pt", weights_only=True)["model"]
             for folder in ("runs/det-synthetic-1", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_saved_run_is_evaluated_on_other_data(small, own, capsys, tmp_path):
+    """By the names of its classes, whatever the other data would have made of them."""
+    det.main([*small, "--data", "folder", "--root", str(own), "--like", "synthetic"])
+    classes = run.load_checkpoint("runs/det-folder-1", "det")["config"]["classes"]
+    assert 1 < len(classes) < len(synthetic.FURNITURE)
+    printed = capsys.readouterr().out.splitlines()
+    other = tmp_path / "other"
+    for part in ("train", "val"):                           # other scenes to train, one class
+        (other / part).mkdir(parents=True)
+        for path in (own / "val").iterdir():
+            (other / part / path.name).write_bytes(path.read_bytes())
+    boxes = json.loads((other / "train/room0.json").read_text())
+    mine = [box for box in boxes if box["class"] == boxes[-1]["class"]]
+    (other / "train/room0.json").write_text(json.dumps(mine))
+    det.main(["--eval", "runs/det-folder-1", "--root", str(other)])
+    again = capsys.readouterr().out.splitlines()
+    assert f"under {other}" in "".join(again)
+    first = next(i for i, line in enumerate(printed) if line.startswith("class"))
+    rows = printed[first:-1]                                # the same AP of the same test scenes
+    assert len(rows) > 3 and again[-len(rows) - 1:-1] == rows
+
+    (other / "val/room0.json").write_text(json.dumps([*boxes, {**boxes[0], "class": "teapot"}]))
+    with pytest.raises(InputError, match="room0.json: the class 'teapot' is none of those to learn"
+                                         f" .{', '.join(classes)[:40]}"):
+        det.main(["--eval", "runs/det-folder-1", "--root", str(other)])
+    with pytest.raises(InputError, match="has other classes than the run: bed, "):
+        det.main(["--eval", "runs/det-folder-1", "--data", "synthetic"])
+    with pytest.raises(InputError, match="--root .*other: the built-in data has no files"):
+        det.main(["--eval", "runs/det-folder-1", "--data", "synthetic", "--root", str(other)])
+    with pytest.raises(InputError, match="was trained with data folder, not synthetic"):
+        det.main(["--resume", "runs/det-folder-1", "--data", "synthetic"])
+
+
+def test_a_run_on_built_in_rooms_is_evaluated_on_files(small, own, capsys):
+    det.main(small)
+    capsys.readouterr()
+    det.main(["--eval", "runs/det-synthetic-1", "--data", "folder", "--root", str(own)])
+    *_, mean, occur, result = capsys.readouterr().out.splitlines()
+    assert result.endswith(" s") and "of a run on synthetic; folder" in result
+    assert "best on test" not in result                     # that was another test set
+    assert mean.startswith("mean") and occur.startswith("of ")      # not all eight are in the room
 
 
 def test_boxes_for_scans_without_truth(small, monkeypatch, capsys, rooms):

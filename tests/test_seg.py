@@ -590,6 +590,45 @@ def test_scale_belongs_to_the_run(small, own):
         seg.main(["--eval", "runs/seg-folder-1", "--scale", "1"])
 
 
+def test_a_saved_run_is_evaluated_on_other_data(small, own, rooms, tmp_path, capsys):
+    """--root names other rooms, --data other rooms in another form, whose classes are the same."""
+    seg.main(small)
+    capsys.readouterr()
+
+    def evaluated(*words):
+        seg.main(["--eval", "runs/seg-synthetic-1", *words])
+        printed = capsys.readouterr().out.splitlines()
+        return [line for line in printed if not line.startswith(("device", "speed", "data"))]
+
+    first = evaluated("--data", "folder", "--root", str(own))
+    assert "of a run on synthetic; folder" in first[-1] and "best on test" not in first[-1]
+    other = tmp_path / "other"                              # labels in another order of classes
+    order = np.random.default_rng(0).permutation(13)
+    for part in ("train", "test"):
+        (other / part).mkdir(parents=True)
+        room = rooms[2]                                     # that of own/test
+        np.savez(other / part / "room2.npz", xyz=room["xyz"], rgb=room["rgb"],
+                 label=np.argsort(order)[room["semantic"]])
+    (other / "classes.txt").write_text("\n".join(ROOM_CLASSES[k] for k in order), encoding="utf-8")
+    assert evaluated("--data", "folder", "--root", str(other)) == first
+    (other / "classes.txt").write_text("\n".join((*ROOM_CLASSES[:12], "junk")), encoding="utf-8")
+    with pytest.raises(InputError, match="has other classes than the run: ceiling, floor, .*junk"):
+        evaluated("--data", "folder", "--root", str(other))
+    with pytest.raises(InputError, match="--root .*other: the built-in data has no files"):
+        evaluated("--root", str(other))
+
+    seg.main([*small, "--data", "folder", "--root", str(own), "--like", "synthetic"])
+    printed = capsys.readouterr().out.splitlines()
+    (other / "classes.txt").write_text("\n".join(ROOM_CLASSES), encoding="utf-8")
+    room = rooms[2]
+    np.savez(other / "test/room2.npz", xyz=room["xyz"], rgb=room["rgb"], label=room["semantic"])
+    seg.main(["--eval", "runs/seg-folder-1", "--root", str(other)])
+    again = capsys.readouterr().out.splitlines()
+    assert f"clouds under {other}" in "".join(again)
+    assert again[-1].split(";")[0] == printed[-1].split(";")[0] and "best on test" in again[-1]
+    assert last_lines("\n".join(again)) != []
+
+
 def test_one_block_in_a_step_is_enough(small, monkeypatch):
     monkeypatch.setattr(seg, "SYNTHETIC", (1, 1, 600))
     seg.main([*small, "--batch-size", "1", "--epochs", "1"])
