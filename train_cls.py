@@ -264,7 +264,7 @@ def main(argv=None):
         run.open(__file__, folder or args.out)
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     run.print(f"data     {cfg['data']}: {len(data.label):,} train, {len(test.label):,} test, "
-              f"{len(classes)} classes, {recipe.points} points; {form}")
+              f"{len(classes)} class{'es' * (len(classes) > 1)}, {recipe.points} points; {form}")
     common.print_model(run, model, clip)
     if cfg["text_loss"] != "off":
         run.print(f"text     no text loss: {clip.name} has no text tower" if text is None else

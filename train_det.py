@@ -721,7 +721,8 @@ def main(argv=None):
     repeats = f"; {short} scenes have fewer points and repeat some" if short else ""
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     run.print(f"data     {cfg['data']}: {len(scenes):,} train, {len(test):,} test scenes, "
-              f"{len(classes)} classes, {recipe.points:,} points; {form}{repeats}")
+              f"{len(classes)} class{'es' * (len(classes) > 1)}, {recipe.points:,} points; "
+              f"{form}{repeats}")
     common.print_model(run, model, clip, f"{recipe.tokens} tokens, {recipe.queries} queries, "
                                          f"{recipe.layers} layers; ")
     if not args.eval:

@@ -495,8 +495,8 @@ def describe(run, encoders, classes, form, after):
     tested = "the whole test set" if cfg["shots_all"] else f"{QUERIES} test clouds of each class"
     source = f"; from {cfg['folds']}" if cfg["folds"] else ""
     run.print(f"device   {run.setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    run.print(f"data     {cfg['data']}: {len(classes)} classes, {cfg['recipe']['points']} points; "
-              f"{form}")
+    run.print(f"data     {cfg['data']}: {len(classes)} class{'es' * (len(classes) > 1)}, "
+              f"{cfg['recipe']['points']} points; {form}")
     run.print(f"episodes {cfg['episodes']} of each of {names}, {tested}{source}")
     for way, shot in TABLE3 if cfg["table"] else ():
         why = f"there are {len(classes)} classes" if way > len(classes) else "there is no such fold"

@@ -482,8 +482,8 @@ def main(argv=None):
     no_colours = f"; {black} rooms have no colours" if black else ""
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     run.print(f"data     {cfg['data']}: {len(rooms):,} train rooms of {size:,} points, "
-              f"{len(test):,} test rooms, {len(classes)} classes; blocks of {recipe.block:g} m and "
-              f"{recipe.points:,} points; {form}{no_colours}")
+              f"{len(test):,} test rooms, {len(classes)} class{'es' * (len(classes) > 1)}; blocks "
+              f"of {recipe.block:g} m and {recipe.points:,} points; {form}{no_colours}")
     common.print_model(run, model, clip, f"{recipe.tokens} tokens; ")
     if not args.eval:
         with run.stopper:

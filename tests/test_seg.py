@@ -160,6 +160,12 @@ def test_own_clouds_come_with_classes_in_two_parts(own, missing, words):
     assert str(error.value).startswith(str(own)) and "\n" not in str(error.value)
 
 
+def test_an_empty_list_of_classes_is_called_empty(own):
+    (own / "classes.txt").write_text("")
+    with pytest.raises(InputError, match="classes.txt: is empty; write the name of a class in each"):
+        seg.load_rooms(config(own, "folder"))
+
+
 def test_own_clouds_may_lack_colours_and_labels(own, rooms):
     label = np.where(np.arange(1500) < 700, -1, rooms[0]["semantic"])
     np.save(own / "train/room0.npy", np.c_[rooms[0]["xyz"], label])
