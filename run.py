@@ -550,7 +550,7 @@ def main_guard(main):
               file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:    # in a fork that took less along
-        if not str(error.name).startswith("data."):
+        if not str(error.name).startswith(("data.", "lamm")):
             raise
         file = f"{error.name.replace('.', '/')}.py"
         print(f"error: {file} is missing; copy it from nanoEPCL, too", file=sys.stderr)

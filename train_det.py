@@ -280,11 +280,9 @@ class SetAbstraction(nn.Module):
     """3DETR's tokenizer: points (B, N, 3) -> tokens (B, G, D), centers (B, G, 3).
 
     The paper says "the same as for classification", but its detector in LAMM has this one. A patch
-    is the first K points within `radius`: their order is random. Where there are fewer, the first
+    is the first K points within `radius`, whose order is random; where there are fewer, the first
     is repeated. before: a tokenizer whose centres and tokens (B, F, C) take the place of points.
-
-    source: instead, the K nearest within `radius` among so many points, as their number decides how
-    far patches reach.
+    source: instead, the K nearest within `radius` among so many points, which set their reach.
     """
 
     def __init__(self, tokens, radius, neighbours, widths, before=None, source=0):
@@ -315,15 +313,14 @@ class SetAbstraction(nn.Module):
 
 
 def tokenizer_of(recipe, width):
-    """One level of patches, or as in LAMM two: of wider patches, a token has as many more points.
-    """
+    """One level of patches or, as in LAMM, two: 1/8 of the tokens are 8 times as wide and full."""
     r, wider = recipe, recipe.fine // recipe.tokens
-    if wider <= 1:
-        source = r.source if r.patches == "nearest" else 0
-        return SetAbstraction(r.tokens, r.radius, r.neighbours, (3, 64, 128, width), source=source)
-    fine = SetAbstraction(r.fine, r.radius, r.neighbours, (3, 64, 256))
-    return SetAbstraction(r.tokens, r.radius * wider, r.neighbours * wider, (3 + 256, 512, width),
-                          before=fine)
+    if wider > 1:
+        fine = SetAbstraction(r.fine, r.radius, r.neighbours, (3, 64, 256))
+        return SetAbstraction(r.tokens, r.radius * wider, r.neighbours * wider, (259, 512, width),
+                              before=fine)
+    source = r.source if r.patches == "nearest" else 0
+    return SetAbstraction(r.tokens, r.radius, r.neighbours, (3, 64, 128, width), source=source)
 
 
 def layers(*widths, dropout=None):
@@ -725,6 +722,10 @@ def main(argv=None):
               f"{form}{repeats}")
     common.print_model(run, model, clip, f"{recipe.tokens} tokens, {recipe.queries} queries, "
                                          f"{recipe.layers} layers; ")
+    if cfg.get("official") and not saved:
+        ap = mean_ap(evaluate(model, test, setup, recipe)[0])
+        run.print(f"released mAP@0.25 {100 * ap[0.25]:.2f} %, mAP@0.50 {100 * ap[0.5]:.2f} %, "
+                  "before any training here")
     if not args.eval:
         with run.stopper:
             train(model, scenes, test, run)
@@ -766,12 +767,17 @@ def predict(args, folder, cfg, saved, setup):
 
 def build(cfg, saved, setup):
     """-> FrozenCLIP, model on the device."""
-    clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
+    weights = None
+    if cfg.get("official"):
+        from lamm import load_released
+        clip, weights = load_released(cfg["official"])
+    else:
+        clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     clip.text = None
     check_frozen(cfg, saved, clip)
     torch.manual_seed(seed_of(cfg["seed"]))
     model = Detector(clip, len(cfg["classes"]), cfg)
-    return clip, common.to_device(model, saved and saved["model"], setup)
+    return clip, common.to_device(model, saved["model"] if saved else weights, setup)
 
 
 def flags(argv):
@@ -790,6 +796,8 @@ def flags(argv):
          help="with --eval: detect in these scans (.ply, .npy, .npz)")
     flag("--export", metavar="DIR", help="write each test scene, or what --predict reads, with its "
                                          "boxes as .ply, detections as .json")
+    flag("--init-official", metavar="FILE", dest="official",
+         help="start from the detector that LAMM released")
     flag("--skip-broken", action="store_true",
          help="leave out scenes that cannot be read, and say so")
     return parser.parse_args(argv)
@@ -801,23 +809,26 @@ def settings(args):
         raise InputError("--predict needs a run: add --eval runs/det-...")
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "det", other_data=True)
-        return {**cfg, "skip_broken": args.skip_broken}, saved, folder
+        official = args.official or (None if args.clip else cfg.get("official"))
+        return {**cfg, "skip_broken": args.skip_broken, "official": official}, saved, folder
     recipe = RECIPES[args.like or args.data or "synthetic"]
+    if args.official:
+        from lamm import released_sizes
+        recipe = recipe._replace(**released_sizes(args))
     recipe = with_flags(recipe, args)
-    if not args.queries:
-        recipe = recipe._replace(queries=min(recipe.queries, recipe.tokens))
-    levels = recipe.tokens, recipe.fine if recipe.fine >= 2 * recipe.tokens else 0
-    if not recipe.queries <= recipe.tokens <= max(levels) <= recipe.points:
+    recipe = recipe._replace(queries=args.queries or min(recipe.queries, recipe.tokens))
+    fine = max(recipe.tokens, recipe.fine if recipe.fine >= 2 * recipe.tokens else 0)
+    if not recipe.queries <= recipe.tokens <= fine <= recipe.points:
         raise InputError(f"--queries {recipe.queries} must be at most --tokens {recipe.tokens}, "
-                         f"and the {max(levels)} patches at most --points {recipe.points}")
-    if levels[1] and recipe.patches == "nearest":
-        raise InputError(f"--patches nearest has one level of patches: leave --tokens out, or give "
-                         f"more than {recipe.fine // 2}")
+                         f"and the {fine} patches at most --points {recipe.points}")
+    if fine > recipe.tokens and recipe.patches == "nearest":
+        raise InputError("--patches nearest has one level of patches; leave --tokens out")
     if recipe.queries < MAX_BOXES:
         raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at "
                          "least that many")
     cfg = shared_settings(args, recipe, synthetic_clip="timm:vit_tiny_patch16_224=random")
-    return {**cfg, "like": args.like, "skip_broken": args.skip_broken}, None, None
+    return {**cfg, "like": args.like, "skip_broken": args.skip_broken,
+            "official": args.official}, None, None
 
 
 if __name__ == "__main__":
