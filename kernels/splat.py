@@ -175,7 +175,7 @@ if triton:
 
 
 def blocks(width):
-    """Block sizes for squares of so many columns: 512 places for 128 threads. Not tuned yet."""
+    """Block sizes for squares of so many columns: 512 places for 128 threads."""
     columns = max(4, min(32, triton.next_power_of_2(width)))
     return dict(BLOCK_N=512 // columns, BLOCK_W=columns, num_warps=4)
 

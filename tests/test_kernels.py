@@ -255,10 +255,9 @@ def test_knn_in_triton_equals_torch_and_brute_force(triton_device, kind, B, M, N
 def test_knn_tiles_of_a_large_cloud_equal_torch(triton_device, kind, M, N, k):
     points, query = make_cloud(kind, 2, N), make_cloud(kind, 2, M, seed=1)
     lengths = torch.tensor([N, k + 1])
-    config = knn_file.blocks(10 ** 5, k)  # what a cloud of 100,000 points gets
-    assert config["BLOCK_M"] > 1 and config["BLOCK_N"] < N
+    assert knn_file.blocks(k)["BLOCK_M"] > 1 and knn_file.blocks(k)["BLOCK_N"] < N
     moved = [t.to(triton_device) for t in (query, points, lengths)]
-    dist2, index = knn_file.knn_triton(moved[0], moved[1], k, moved[2], config)
+    dist2, index = knn_file.knn_triton(moved[0], moved[1], k, moved[2])
     expected = knn_reference(query, points, k, lengths)
     assert torch.equal(dist2.cpu(), expected[0]) and torch.equal(index.cpu(), expected[1])
 
