@@ -21,13 +21,17 @@ are sequential: the run time is m times the latency of one step.
     python kernels/fps.py
 """
 import math
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+
+if __package__:
+    from .launch import failed, launch, use_triton
+else:  # run as a script
+    from launch import failed, launch, use_triton
 
 try:
     import triton
@@ -306,11 +310,6 @@ def fps_triton(xyz, m, start, lengths, in_registers=IN_REGISTERS):
         return fps_rounds(xyz, m, start, lengths, shares(N), min(m, 16 + math.isqrt(m)))
 
 
-def use_triton(tensor):
-    """Triton runs on CUDA tensors; with TRITON_INTERPRET=1 its interpreter runs on the CPU, too."""
-    return triton is not None and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-
-
 @torch.library.custom_op("nanoepcl::farthest_point_sample", mutates_args=())
 def _operator(xyz: torch.Tensor, m: int, start: torch.Tensor, lengths: torch.Tensor,
               check: bool) -> torch.Tensor:
@@ -330,7 +329,8 @@ def _operator(xyz: torch.Tensor, m: int, start: torch.Tensor, lengths: torch.Ten
     if B == 0:
         return torch.empty(0, m, dtype=torch.int64, device=xyz.device)
     if use_triton(xyz):
-        return fps_triton(xyz, m, start, lengths)
+        return launch("farthest_point_sample", xyz, lambda: fps_triton(xyz, m, start, lengths),
+                      lambda: fps_torch(xyz, m, start, lengths))
     if numba and xyz.device.type == "cpu":
         return fps_boxes(xyz, m, start, lengths)
     return fps_torch(xyz, m, start, lengths)
@@ -408,6 +408,8 @@ def main():
             if xyz.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
+        if failed:
+            sys.exit(1)  # why has been printed
         full = torch.full((B,), N, device=device)
         expected = fps_torch(xyz, m, 0 * full, full) if use_triton(xyz) else _brute_force(xyz, m)
         index, expected = index.cpu(), expected.cpu()

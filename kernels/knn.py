@@ -16,13 +16,17 @@ where it is installed.
 
     python kernels/knn.py
 """
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+
+if __package__:
+    from .launch import failed, launch, use_triton
+else:  # run as a script
+    from launch import failed, launch, use_triton
 
 try:
     import triton
@@ -238,11 +242,6 @@ def knn_triton(query, points, k, lengths):
     return dist2, index
 
 
-def use_triton(tensor):
-    """Triton runs on CUDA tensors; with TRITON_INTERPRET=1 its interpreter runs on the CPU, too."""
-    return triton is not None and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-
-
 @torch.library.custom_op("nanoepcl::knn", mutates_args=())
 def _operator(query: torch.Tensor, points: torch.Tensor, k: int, lengths: torch.Tensor,
               check: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,7 +256,8 @@ def _operator(query: torch.Tensor, points: torch.Tensor, k: int, lengths: torch.
         empty = torch.empty(B, M, k, device=query.device)
         return empty, empty.long()
     if use_triton(query):
-        return knn_triton(query, points, k, lengths)
+        return launch("knn", query, lambda: knn_triton(query, points, k, lengths),
+                      lambda: knn_torch(query, points, k, lengths))
     on_cpu = query.device.type == "cpu"
     if on_cpu and N <= FEW and numba:
         return knn_lists(query, points, k, lengths)
@@ -351,6 +351,8 @@ def main():
             if query.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
+        if failed:
+            sys.exit(1)  # why has been printed
         full = torch.full((B,), N, device=device)
         if reference == "torch":
             d, n = knn_torch(query, points, k, full)

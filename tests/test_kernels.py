@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -968,6 +969,33 @@ def op_arguments(device):
             "interpolate": (feats.requires_grad_(), source, weight),
             "interpolate_backward": (grad, source, weight, 6),
             "splat": (points, 3, 2, 0.5, True)}
+
+
+def test_a_gpu_on_which_triton_cannot_run_takes_the_torch_path(monkeypatch, capsys):
+    launch_file = importlib.import_module("kernels.launch")
+    monkeypatch.setattr(launch_file, "failed", set())
+    gpu, cpu = SimpleNamespace(is_cuda=True), torch.zeros(1)
+    tried = []
+
+    def no_compiler():
+        tried.append(1)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    for _ in range(3):
+        assert launch_file.launch("knn", gpu, no_compiler, lambda: "torch") == "torch"
+    assert len(tried) == 1, "it is not tried again"
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and printed.startswith("knn: Triton cannot run it here (Runtim")
+    assert "Failed to find C compiler. Please" in printed and "gcc or clang" in printed
+    assert launch_file.launch("splat", gpu, lambda: "triton", lambda: "torch") == "triton"
+    with pytest.raises(RuntimeError, match="C compiler"):  # the interpreter: a mistake in a kernel
+        launch_file.launch("splat", cpu, no_compiler, lambda: "torch")
+
+    def no_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # torch needs more memory, not less
+        launch_file.launch("splat", gpu, no_memory, lambda: "torch")
 
 
 OPERATORS = ["farthest_point_sample", "knn", "ball_query", "interpolate", "interpolate_backward",
