@@ -21,6 +21,12 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                     # macOS, Windows: no GPU to measure
+    triton = None
+
 from common import gather
 from kernels import ball_query, farthest_point_sample, interpolate, knn, splat
 from run import InputError, Run, Setup, main_guard, parameter_groups, versions, whole
@@ -83,15 +89,16 @@ def peak(call, device):
 
 def floors(device):
     """What this machine can do, measured: bytes a second of a copy, distances a second, seconds of
-    one small step (FPS cannot start the next before it), floating-point operations a second of a
-    product."""
+    one small step (an argmax: FPS cannot start the next before it), floating-point operations a
+    second of a product."""
     x = torch.rand(64 * 2 ** 20, device=device)                                 # 256 MB
     y = torch.empty_like(x)
     a, b = torch.rand(1024, 1, device=device), torch.rand(1, 512, device=device)
     out = torch.empty(1024, 512, device=device)
     tiny = torch.rand(64, device=device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    n = 4096 if device.type == "cuda" else 1024
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    n = 4096 if on_gpu else 1024
     p, q = (torch.rand(n, n, device=device, dtype=dtype) for _ in range(2))
 
     def distances():            # 7 passes over 2^19 pairs in cache; a distance takes 8
@@ -105,10 +112,38 @@ def floors(device):
 
     calls = {"copy": lambda: y.copy_(x), "pairs": distances, "step": steps,
              "product": lambda: p @ q}
+    pairs, repeats = 4 * out.numel(), 100
+    if on_gpu:                  # there a call of torch is mostly its launch
+        programs, repeats = 8 * torch.cuda.get_device_properties(device).multi_processor_count, 4096
+        pairs = programs * 1024 * repeats
+        calls["pairs"] = lambda: _distances[(programs,)](x, y, repeats, enable_fp_fusion=False)
+        calls["step"] = lambda: _steps[(1,)](x, y, repeats)
     took = rounds(calls, device)
     ms = {name: float(np.min(t)) for name, t in took.items()}
-    return {"bytes": 2 * x.nbytes / ms["copy"] * 1e3, "pairs": 4 * out.numel() / ms["pairs"] * 1e3,
-            "step": ms["step"] / 100 / 1e3, "flop": 2 * n ** 3 / ms["product"] * 1e3}
+    return {"bytes": 2 * x.nbytes / ms["copy"] * 1e3, "pairs": pairs / ms["pairs"] * 1e3,
+            "step": ms["step"] / repeats / 1e3, "flop": 2 * n ** 3 / ms["product"] * 1e3}
+
+
+if triton:
+    @triton.jit(do_not_specialize=["repeats"])
+    def _distances(x, y, repeats):      # the arithmetic of a distance and a minimum, in registers
+        lane = tl.arange(0, 1024)
+        a = tl.load(x + lane)
+        b = tl.load(x + 1024 + lane)
+        nearest = a
+        for i in range(repeats):
+            dx, dy, dz = a - i, b - i, (a + b) - i
+            nearest = tl.minimum(nearest, (dx * dx + dy * dy) + dz * dz)
+        tl.store(y + tl.program_id(0) * 1024 + lane, nearest)
+
+    @triton.jit(do_not_specialize=["repeats"])
+    def _steps(x, y, repeats):          # one program: each argmax of 1,024 lanes needs the last one
+        lane = tl.arange(0, 1024)
+        a = tl.load(x + lane)
+        far = tl.argmax(a, 0)
+        for _ in range(repeats):
+            far = tl.argmax(a + far.to(tl.float32), 0)
+        tl.store(y, far.to(tl.float32))
 
 
 def machine(device):
@@ -309,7 +344,7 @@ def kernels(device, quick):
     can, facts = floors(device), machine(device)
     print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}, triton "
           f"{facts['triton']}, numba {facts['numba'] or 'absent'}; copy {can['bytes'] / 1e9:.1f} "
-          f"GB/s, {can['pairs'] / 1e9:.2f} G distances/s, a small step {1e6 * can['step']:.1f} us, "
+          f"GB/s, {can['pairs'] / 1e9:.2f} G distances/s, a small step {1e6 * can['step']:.2f} us, "
           f"product {can['flop'] / 1e12:.2f} TFLOP/s")
     write({"kind": "floors", **can, **facts})
     print(f"{'workload':66s}{'contender':17s}{'ms':>10}{'spread':>8}{'MB':>8}{'same':>8}"
@@ -442,19 +477,18 @@ def show_parts(model):
         show(block, "frozen forward")
 
 
-def parts_of(step, device):
+def parts_of(step, device, usual):
     """Seconds of a step by part, each without the labelled parts inside it.
 
-    On a GPU these are seconds of its kernels, and those in which it has none to run.
+    On a GPU these are seconds of its kernels, and what is then left of the `usual` seconds of a
+    step that nobody watches: there it has none to run.
     """
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profile, record_function("step"):
-        begin = time.perf_counter()
         step()
         wait(device)
-        whole_step = time.perf_counter() - begin
     seconds = {}
     for event in profile.events():
         label = LABELS.get(event.name.split(": ")[0])
@@ -469,7 +503,7 @@ def parts_of(step, device):
             outer = LABELS[parent.name.split(": ")[0]]
             seconds[outer] = seconds.get(outer, 0) - time_of / 1e6
     if device.type == "cuda":
-        seconds["GPU idle"] = max(0.0, whole_step - sum(seconds.values()))
+        seconds["GPU idle"] = max(0.0, usual - sum(seconds.values()))
     return seconds
 
 
@@ -486,7 +520,7 @@ def train(task, device, batch, clip, precision, repeat):
     hook.remove()
     ms = rounds({"step": step}, device, repeat, budget=240.0)["step"]
     show_parts(model)
-    seconds = parts_of(step, device)
+    seconds = parts_of(step, device, float(np.median(ms)) / 1e3)
     b, L, D = shapes[0]
     flop = b * len(model.encoder.clip.blocks) * (24 * L * D * D + 4 * L * L * D)
     can, facts, median = floors(device), machine(device), float(np.median(ms))

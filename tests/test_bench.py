@@ -175,7 +175,7 @@ def test_seconds_go_to_the_innermost_part_and_add_up_to_the_step():
         step()
         took.append(time.perf_counter() - begin)
 
-    seconds = bench.parts_of(timed_step, torch.device("cpu"))
+    seconds = bench.parts_of(timed_step, torch.device("cpu"), None)
     expected = {"data": .02, "head": .04, "tokenizer": .06, "KNN": .05, "frozen forward": .04,
                 "backward": .07, "interpolation": .02, "the rest": .03}
     assert seconds.keys() == expected.keys()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -255,10 +256,9 @@ def test_knn_in_triton_equals_torch_and_brute_force(triton_device, kind, B, M, N
 def test_knn_tiles_of_a_large_cloud_equal_torch(triton_device, kind, M, N, k):
     points, query = make_cloud(kind, 2, N), make_cloud(kind, 2, M, seed=1)
     lengths = torch.tensor([N, k + 1])
-    config = knn_file.blocks(10 ** 5, k)  # what a cloud of 100,000 points gets
-    assert config["BLOCK_M"] > 1 and config["BLOCK_N"] < N
+    assert knn_file.blocks(k)["BLOCK_M"] > 1 and knn_file.blocks(k)["BLOCK_N"] < N
     moved = [t.to(triton_device) for t in (query, points, lengths)]
-    dist2, index = knn_file.knn_triton(moved[0], moved[1], k, moved[2], config)
+    dist2, index = knn_file.knn_triton(moved[0], moved[1], k, moved[2])
     expected = knn_reference(query, points, k, lengths)
     assert torch.equal(dist2.cpu(), expected[0]) and torch.equal(index.cpu(), expected[1])
 
@@ -969,6 +969,33 @@ def op_arguments(device):
             "interpolate": (feats.requires_grad_(), source, weight),
             "interpolate_backward": (grad, source, weight, 6),
             "splat": (points, 3, 2, 0.5, True)}
+
+
+def test_a_gpu_on_which_triton_cannot_run_takes_the_torch_path(monkeypatch, capsys):
+    launch_file = importlib.import_module("kernels.launch")
+    monkeypatch.setattr(launch_file, "failed", set())
+    gpu, cpu = SimpleNamespace(is_cuda=True), torch.zeros(1)
+    tried = []
+
+    def no_compiler():
+        tried.append(1)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    for _ in range(3):
+        assert launch_file.launch("knn", gpu, no_compiler, lambda: "torch") == "torch"
+    assert len(tried) == 1, "it is not tried again"
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and printed.startswith("knn: Triton cannot run it here (Runtim")
+    assert "Failed to find C compiler. Please" in printed and "gcc or clang" in printed
+    assert launch_file.launch("splat", gpu, lambda: "triton", lambda: "torch") == "triton"
+    with pytest.raises(RuntimeError, match="C compiler"):  # the interpreter: a mistake in a kernel
+        launch_file.launch("splat", cpu, no_compiler, lambda: "torch")
+
+    def no_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # torch needs more memory, not less
+        launch_file.launch("splat", gpu, no_memory, lambda: "torch")
 
 
 OPERATORS = ["farthest_point_sample", "knn", "ball_query", "interpolate", "interpolate_backward",

@@ -38,7 +38,7 @@ def configurations():
         yield "fps_round", fps._fps_round, TYPES, config
     block, warps = fps.STREAMED
     yield "fps_rest", fps._fps_rest, TYPES, dict(BLOCK=block, num_warps=warps)
-    chosen = {str(c): c for N in sizes for k in range(1, knn.MAX_K + 1) for c in [knn.blocks(N, k)]}
+    chosen = {str(c): c for k in range(1, knn.MAX_K + 1) for c in [knn.blocks(k)]}
     for config in chosen.values():
         yield "knn", knn._knn, TYPES, config
     yield "ball_query", ball._ball_query, TYPES, ball.BLOCKS
