@@ -51,8 +51,8 @@ def released_sizes(args):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         flags = vars(content["args"])
     except Exception:
-        common.read_weights(path, "--init-official")            # says what is wrong with the file
-        flags = {}
+        flags, (state, _) = {}, common.read_weights(path, "--init-official")
+        visual_of(path, state)                                  # both say what is wrong with it
     if args.tokens is None and "vit_num_token" not in flags:
         raise InputError(f"--init-official {path}: does not say how many tokens it was trained "
                          "with; pass --tokens 256, if it is LAMM's of 256 tokens")
@@ -62,22 +62,27 @@ def released_sizes(args):
     return {ours: flags[theirs] for theirs, ours in SIZES.items() if theirs in flags}
 
 
-def load_released(path):
-    """-> FrozenCLIP with the file's weights, state dict of `Detector`."""
-    state, _ = common.read_weights(path, "--init-official")
-    visual, ours = {}, {}
-    for name, value in state.items():
-        if name.startswith(CLIP):
-            visual[name.removeprefix(CLIP)] = value
-            continue
-        for theirs, mine in RENAMED:
-            name = name.replace(theirs, mine)
-        ours[name] = value.flatten(1) if value.ndim > 2 else value      # a 1x1 convolution
+def visual_of(path, state):
+    """-> CLIP's weights in the file, open_clip's name of their model."""
+    visual = {name.removeprefix(CLIP): w for name, w in state.items() if name.startswith(CLIP)}
     patch = visual.get("conv1.weight", torch.empty(0)).shape
     if patch not in common.OPENAI_MODELS:
         raise InputError(f"--init-official {path}: not LAMM's detector: it has no {CLIP}"
                          "conv1.weight of a ViT of OpenAI; give its epcl_scannet_...pth")
-    name = common.OPENAI_MODELS[patch]
+    return visual, common.OPENAI_MODELS[patch]
+
+
+def load_released(path):
+    """-> FrozenCLIP with the file's weights, state dict of `Detector`."""
+    state, _ = common.read_weights(path, "--init-official")
+    visual, name = visual_of(path, state)
+    ours = {}
+    for theirs, value in state.items():
+        if not theirs.startswith(CLIP):
+            mine = theirs
+            for part, renamed in RENAMED:
+                mine = mine.replace(part, renamed)
+            ours[mine] = value.flatten(1) if value.ndim > 2 else value      # a 1x1 convolution
     model, _ = common.open_clip_model(name)
     load_weights(model.visual, visual, common.VISUAL_USED, f"--init-official {path}: its {CLIP}*",
                  name)
