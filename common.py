@@ -25,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import farthest_point_sample, knn
+from kernels import farthest_point_sample, group, knn, use_triton
 from run import InputError, all_reduce, load_weights, rank, world_size
 
 # ---- 1. Point tokenizer --------------------------------------------------------------------------
 def gather(values, idx):
     """Rows of each cloud: values (B, N, C), idx (B, ...) -> (B, ..., C)."""
+    if values.requires_grad and use_triton(values):     # there torch's gradient is not repeatable
+        return group(values, idx)
     rows = idx.flatten(1)[..., None].expand(-1, -1, values.shape[-1])
     return values.gather(1, rows).view(*idx.shape, values.shape[-1])
 
