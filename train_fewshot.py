@@ -198,9 +198,9 @@ def load_data(cfg):
     """-> Data, scaled as the recipe says."""
     recipe = Recipe(**cfg["recipe"])
     if cfg["data"] == "synthetic":
-        from data.synthetic import OBJECT_CLASSES, object_clouds
+        from data.synthetic_objects import OBJECT_CLASSES, object_clouds
         parts = [object_clouds(n, recipe.stored, seed) for seed, n in zip((1, 2), SYNTHETIC)]
-        classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic.py"
+        classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic_objects.py"
     else:
         path = objects.prepare(cfg["data"], cfg["root"], recipe.stored, cfg["workers"])
         if "split" not in cfg:
