@@ -22,10 +22,11 @@ import torch
 from torch.profiler import record_function
 
 from common import gather
-from kernels import farthest_point_sample, interpolate, knn
+from kernels import farthest_point_sample, interpolate, knn, splat
 from run import InputError, Run, Setup, main_guard, parameter_groups, versions, whole
 
-fps_file, knn_file = (importlib.import_module(f"kernels.{name}") for name in ("fps", "knn"))
+fps_file, knn_file, splat_file = (importlib.import_module(f"kernels.{name}")
+                                  for name in ("fps", "knn", "splat"))
 OUT = Path(__file__).parent / "docs" / "bench.jsonl"
 
 #       B, N, m
@@ -37,6 +38,8 @@ INTERPOLATE = [(8, 40_000, 2048, C, dtype)
                for C in (256, 512) for dtype in (torch.float32, torch.bfloat16)]
 #       B, N, G, K, C
 GROUP = [(32, 1024, 64, 32, 3), (8, 2048, 1024, 16, 256)]
+#         B, N, H, W, radius in pixels: ten views of 32 objects, one of a room
+SPLAT = [(320, 1024, 224, 224, 2.24), (1, 200_000, 1024, 1024, 2.0)]
 
 
 # ---- Clock and floors ----------------------------------------------------------------------------
@@ -226,6 +229,27 @@ def group_case(device, B, N, G, K, C):
     return calls, floor, lambda a, b: close(a, b, rtol=1e-3)
 
 
+def splat_case(device, B, N, H, W, radius):
+    g = torch.Generator(device).manual_seed(0)
+    size = torch.tensor([W, H, 1.0], device=device)
+    xyz = torch.rand(B, N, 3, device=device, generator=g) * size
+    calls = {"ours": lambda: splat(xyz, H, W, radius)[0],
+             "torch": lambda: splat_file.splat_torch(xyz, H, W, radius)[0]}
+    structures = optional("pytorch3d.structures")
+    if structures and (points := optional("pytorch3d.renderer.points.rasterize_points")):
+        side = min(H, W)                        # its x points left, its y up; both from -1 to 1
+        view = torch.cat([(size[:2] - 2 * xyz[..., :2]) / side, xyz[..., 2:]], -1)
+        clouds = structures.Pointclouds(view)
+        first = N * torch.arange(B, device=device)[:, None, None]
+
+        def pytorch3d():
+            index = points.rasterize_points(clouds, (H, W), 2 * radius / side, 1)[0][..., 0].long()
+            return torch.where(index < 0, index, index - first)
+
+        calls["pytorch3d"] = pytorch3d
+    return calls, {"bytes": 12 * B * (N + H * W)}, same_indices
+
+
 def both_ways(forward, feats, grad):
     feats.grad = None
     forward().backward(grad)
@@ -243,6 +267,8 @@ def name_of(kernel, shape):
         return "KNN {} x ({:,} of {:,}), k = {}".format(*shape)
     if kernel == "grouping":
         return "grouping {} x {:,}, {:,} x {}, C = {}, both ways".format(*shape)
+    if kernel == "splat":
+        return "splat {} x {:,} points at {} x {}, r = {}".format(*shape)
     dtype = str(shape[4]).removeprefix("torch.")
     return "interpolation {} x {:,} from {:,}, C = {}, {}, both ways".format(*shape[:4], dtype)
 
@@ -257,7 +283,8 @@ def kernels(device, quick):
     print(f"{'workload':66s}{'contender':17s}{'ms':>10}{'spread':>8}{'MB':>8}{'same':>8}"
           f"{'ours is':>9}{'floor ms':>10}{'of floor':>9}")
     cases = [("FPS", fps_case, FPS), ("KNN", knn_case, KNN),
-             ("interpolation", interpolate_case, INTERPOLATE), ("grouping", group_case, GROUP)]
+             ("interpolation", interpolate_case, INTERPOLATE), ("grouping", group_case, GROUP),
+             ("splat", splat_case, SPLAT)]
     for kernel, case, shapes in cases:
         for shape in shapes:
             limit = 3e8 if quick else 1e12              # distances of a workload

@@ -1,9 +1,10 @@
-"""Farthest point sampling, nearest neighbours, interpolation: one file each, CPU and CUDA."""
+"""Sampling, nearest neighbours, interpolation, points to pixels: a file each, CPU and CUDA."""
 from .fps import farthest_point_sample, numba, triton
 from .interpolate import interpolate
 from .knn import knn
+from .splat import splat
 
-__all__ = ["farthest_point_sample", "interpolate", "knn"]
+__all__ = ["farthest_point_sample", "interpolate", "knn", "splat"]
 
 
 def engine(kind):

@@ -21,7 +21,8 @@ from run import InputError
 TASKS = ["cls", "fewshot", "det", "seg"]
 PARTS = {"FPS", "KNN", "data", "tokenizer", "frozen forward", "backward", "head", "optimiser"}
 MORE_PARTS = {"det": {"matching"}, "seg": {"interpolation"}}
-FILES = [importlib.import_module(f"kernels.{name}") for name in ("fps", "knn", "interpolate")]
+FILES = [importlib.import_module(f"kernels.{name}")
+         for name in ("fps", "knn", "interpolate", "splat")]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,6 +44,7 @@ def small(monkeypatch, folder):
     monkeypatch.setattr(bench, "KNN", [(2, 30, 200, 5), (1, 900, 900, 4), (1, 3000, 50, 3)])
     monkeypatch.setattr(bench, "INTERPOLATE", [(2, 300, 20, 8, torch.float32)])
     monkeypatch.setattr(bench, "GROUP", [(2, 90, 10, 4, 3)])
+    monkeypatch.setattr(bench, "SPLAT", [(2, 90, 20, 30, 1.5)])
     patches = dict(points=64, groups=8, neighbours=8, batch_size=4)
     for script, data, recipe in (
             (train_fewshot, "modelnet40", patches),
@@ -74,13 +76,14 @@ def test_kernels_are_timed_beside_their_peers_and_agree(quick, capsys):
         assert line["ms"] > 0 and line["torch"] == torch.__version__
         trees = line["workload"].startswith(("FPS", "KNN"))     # they have no floor on a CPU
         assert (line["floor_ms"] is None) == trees
-    assert len(who) == 6 and all("ours" in contenders for contenders in who.values())
+    assert len(who) == 7 and all("ours" in contenders for contenders in who.values())
     assert who["KNN 1 x (900 of 900), k = 4"]["cKDTree"]["same"] > .99      # its ties may differ
     assert all(c["torch"]["same"] == 1 for name, c in who.items() if "torch" in c)
     bench.main(["table"])
     printed = capsys.readouterr().out
     assert "| FPS 2 x 200 -> 9 |" in printed and printed.count("| interpolation") == 1
     assert printed.count("| grouping") == 1
+    assert "| splat 2 x 90 points at 20 x 30, r = 1.5 |" in printed
 
 
 def test_a_peer_whose_answer_cannot_be_had_is_left_out_and_named(quick, capsys):

@@ -1,4 +1,4 @@
-"""Sampling, nearest neighbours and interpolation: Triton against torch, both against NumPy.
+"""Sampling, neighbours, interpolation and splat: Triton against torch, both against NumPy.
 
 Triton and torch must agree bit for bit on any cloud. NumPy works in float64, which can order
 distances that differ by less than fp32 rounding: so the distances are compared and not the indices.
@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import farthest_point_sample, interpolate, knn
+from kernels import farthest_point_sample, interpolate, knn, splat
 
-fps_file, knn_file, interpolate_file = (importlib.import_module(f"kernels.{name}")
-                                        for name in ("fps", "knn", "interpolate"))
+fps_file, knn_file, interpolate_file, splat_file = (
+    importlib.import_module(f"kernels.{name}") for name in ("fps", "knn", "interpolate", "splat"))
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.usefixtures("poison_empty"),  # the warning: triton 3.6's interpreter
               pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
@@ -552,6 +552,165 @@ def test_interpolation_of_no_queries_or_no_channels_is_empty(triton_device):
         assert not f.grad.any()
 
 
+# -------------------------------------------------------------------------------------------- splat
+
+def picture_of(kind, B, N, H, W, seed=0):
+    """Points in and around a picture; depths on both sides of 0."""
+    xyz = make_cloud("random", B, N, seed) * torch.tensor([W + 6.0, H + 6.0, 2.0])
+    xyz = xyz - torch.tensor([3.0, 3.0, 1.0])
+    if kind == "lattice":  # equal depths, 0 among them with both signs, and borders met exactly
+        xyz = (xyz * 4).round() / 4
+    elif kind == "flat":
+        xyz[..., 2] = -0.75
+    elif kind == "identical":
+        xyz = xyz[:, :1].expand(-1, N, -1).clone()
+    elif kind == "far away":  # most are outside, and some by so much that no integer holds them
+        xyz[..., :2] *= 10.0 ** torch.arange(N)[:, None].remainder(17)
+    return xyz
+
+
+def splat_by_numpy(xyz, H, W, radius):
+    """The definition in fp32, without keys: the nearest points draw last, in descending order."""
+    xyz = xyz.numpy()
+    index = np.full((len(xyz), H, W), -1)
+    depth = np.full((len(xyz), H, W), np.inf, np.float32)
+    half = np.float32(0.5)
+    column, row = np.arange(W, dtype=np.float32) + half, np.arange(H, dtype=np.float32) + half
+    for b, cloud in enumerate(xyz):
+        for n in sorted(range(len(cloud)), key=lambda n: (cloud[n, 2], n), reverse=True):
+            dx, dy = column - cloud[n, 0], (row - cloud[n, 1])[:, None]
+            covers = dx * dx + dy * dy <= np.float32(radius) * np.float32(radius)
+            index[b][covers], depth[b][covers] = n, cloud[n, 2]
+    return index, depth
+
+
+def assert_same_picture(found, expected):
+    for name, a, b in zip(("index", "depth"), found, expected):
+        np.testing.assert_array_equal(a.cpu().numpy(), np.asarray(b), err_msg=name)
+
+
+PICTURES = [("random", 2, 70, 9, 14, 1.5), ("random", 1, 40, 14, 9, 0.3),
+            ("random", 1, 9, 1, 1, 2.0), ("random", 3, 5, 1, 17, 0.5),
+            ("lattice", 2, 90, 8, 8, 1.25), ("flat", 1, 60, 7, 11, 2.24),
+            ("identical", 2, 9, 6, 6, 1.0), ("far away", 1, 72, 12, 10, 4.0)]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # 1e18 squared
+@pytest.mark.parametrize("kind, B, N, H, W, radius", PICTURES)
+def test_splat_in_triton_equals_torch_and_the_definition(triton_device, kind, B, N, H, W, radius):
+    xyz = picture_of(kind, B, N, H, W)
+    index, depth = splat(xyz.to(triton_device), H, W, radius)
+    assert index.dtype == torch.int64 and depth.dtype == torch.float32
+    assert index.shape == depth.shape == (B, H, W)
+    expected = splat_by_numpy(xyz, H, W, radius)
+    assert (expected[0] >= 0).any()
+    assert_same_picture((index, depth), expected)
+    assert_same_picture(splat_file.splat_torch(xyz, H, W, radius), expected)
+
+
+def test_splat_of_discs_wider_than_a_block_of_columns_and_than_the_picture(triton_device):
+    for H, W, radius in ((5, 40, 17.5), (3, 6, 1000.0)):
+        xyz = picture_of("random", 1, 3, H, W)
+        found = splat(xyz.to(triton_device), H, W, radius)
+        assert_same_picture(found, splat_by_numpy(xyz, H, W, radius))
+
+
+@pytest.mark.parametrize("kind, B, N, H, W, radius", PICTURES)
+def test_splat_in_one_loop_of_numba_equals_torch(kind, B, N, H, W, radius):
+    pytest.importorskip("numba", reason="needs numba: compares its loop with torch")
+    xyz = picture_of(kind, B, N, H, W)
+    expected = splat_file.splat_torch(xyz, H, W, radius)
+    assert_same_picture(splat_file.splat_loop(xyz, H, W, radius), expected)
+    assert_same_picture(splat(xyz, H, W, radius), expected)
+
+
+def test_without_numba_splat_draws_the_same_picture(monkeypatch):
+    xyz = picture_of("lattice", 2, 90, 8, 8)
+    ours = splat(xyz, 8, 8, 1.25)
+    monkeypatch.setattr(splat_file, "numba", None)
+    monkeypatch.setattr(splat_file, "splat_loop", None)
+    assert_same_picture(splat(xyz, 8, 8, 1.25), ours)
+
+
+@pytest.mark.parametrize("function", ["splat_torch", "splat_loop"])
+@pytest.mark.parametrize("radius", [0.3, 0.5, 0.75, 2.24, 3.0])
+def test_splat_misses_no_pixel_in_the_last_columns_of_the_widest_picture(function, radius):
+    if function == "splat_loop":
+        pytest.importorskip("numba", reason="needs numba: compares its loop with the definition")
+    W = splat_file.LARGEST  # a float has only eight bits left below the point here
+    for xyz in (picture_of("random", 1, 300, 1, 9), picture_of("lattice", 1, 300, 1, 9)):
+        xyz[..., 0] += W - 9
+        found = getattr(splat_file, function)(xyz, 1, W, radius)
+        expected = splat_by_numpy(xyz, 1, W, radius)
+        assert (expected[0][0, 0, -9:] >= 0).all() or radius < 1
+        assert_same_picture(found, expected)
+
+
+def test_splat_draws_the_picture_drawn_by_hand(triton_device):
+    xyz = torch.tensor([[[2.5, 1.5, 5.0],  # in the centre of column 2, row 1: a cross of radius 1
+                         [4.0, 2.0, 5.0],  # on the corner of four pixels, √½ away from each
+                         [2.5, 0.5, 4.0],  # nearer than the first
+                         [0.1, 2.9, 1.0]]])  # √.32 away from its pixel's centre alone
+    index, depth = splat(xyz.to(triton_device), 3, 5, 1.0)
+    assert index.tolist() == [[[-1, 2, 2, 2, -1],
+                               [-1, 0, 2, 0, 1],
+                               [3, -1, 0, 1, 1]]]
+    assert depth[0, 1].tolist() == [float("inf"), 5, 4, 5, 5]
+
+
+def test_splat_includes_the_circle_itself_and_nothing_beyond(triton_device):
+    xyz = torch.tensor([[[0.5 + 1.5, 0.5, 0.0]]]).to(triton_device)  # 1.5 from the first centre
+    assert splat(xyz, 1, 1, 1.5)[0].item() == 0
+    assert splat(xyz, 1, 1, float(np.nextafter(np.float32(1.5), 0)))[0].item() == -1
+
+
+def test_splat_orders_negative_depths_and_takes_both_zeros_for_equal(triton_device):
+    depths = torch.tensor([0.0, -0.0, -1e-30, -2.0, -1.0])
+    xyz = torch.full((5, 5, 3), 0.5)
+    for b in range(5):  # cloud b holds the points b, b + 1, ...; the others are far away
+        xyz[b, :, 2] = depths
+        xyz[b, :b, 0] = 100.0
+    index, depth = splat(xyz.to(triton_device), 1, 1, 0.25)
+    assert index.flatten().tolist() == [3, 3, 3, 3, 4]
+    index, depth = splat(xyz[:2, :2].to(triton_device), 1, 1, 0.25)
+    assert index.flatten().tolist() == [0, 1]
+    assert not torch.signbit(depth).any()  # -0 is returned as 0, on every device
+
+
+def test_splat_of_no_points_or_no_clouds_is_an_empty_picture(triton_device):
+    for B, N in ((2, 0), (0, 5), (0, 0)):
+        index, depth = splat(torch.zeros(B, N, 3, device=triton_device), 3, 4, 1.0)
+        assert index.shape == depth.shape == (B, 3, 4)
+        assert (index == -1).all() and (depth == float("inf")).all()
+
+
+def test_splat_unchecked_leaves_points_with_nan_or_without_a_depth_out(triton_device):
+    xyz = torch.full((1, 5, 3), 0.5)
+    xyz[0, 0, 0], xyz[0, 1, 1], xyz[0, 2, 2], xyz[0, 3, 2] = (torch.nan,) * 3 + (torch.inf,)
+    arguments = xyz.to(triton_device), 2, 2, 0.75, False
+    index, depth = torch.ops.nanoepcl.splat(*arguments)
+    assert index.tolist() == [[[4, -1], [-1, -1]]]
+    assert_same_picture(splat_file.splat_torch(xyz, 2, 2, 0.75), (index.cpu(), depth.cpu()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_splat_takes_other_dtypes_and_strides(triton_device, dtype):
+    xyz = picture_of("random", 2, 30, 6, 7).to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    index, _ = splat(xyz.to(triton_device), 6, 7, 1.5)
+    assert torch.equal(index.cpu(), splat_file.splat_torch(xyz.float(), 6, 7, 1.5)[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(),
+                    reason="needs a CUDA card: compares large pictures with torch")
+@pytest.mark.parametrize("B, N, H, W, radius", [
+    (320, 1024, 224, 224, 2.24), (1, 200_000, 1024, 1024, 2.0), (3, 5000, 300, 7, 60.0)])
+def test_splat_of_large_pictures_equals_torch_on_a_gpu(B, N, H, W, radius):
+    for kind in ("random", "lattice"):
+        xyz = picture_of(kind, B, N, H, W).cuda()
+        assert_same_picture(splat(xyz, H, W, radius),
+                            [x.cpu() for x in splat_file.splat_torch(xyz, H, W, radius)])
+
+
 # -------------------------------------------------------------------------------------- all of them
 
 def test_every_function_returns_the_same_bits_again(triton_device):
@@ -562,7 +721,7 @@ def test_every_function_returns_the_same_bits_again(triton_device):
         out = interpolate(query, points, leaf)
         out.backward(grad)
         runs.append([farthest_point_sample(points, 9), *knn(query[:, :5], points, 4), out.detach(),
-                     leaf.grad])
+                     leaf.grad, *splat(query, 1, 2, 0.5)])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
@@ -609,10 +768,24 @@ BAD_INTERPOLATE = [
     (dict(points=torch.rand(2, 2, 3), feats=torch.rand(2, 2, 4)), "k = 3 neighbours from clouds"),
     (dict(query=torch.full((2, 5, 3), torch.nan)), "query holds 10 points with NaN"),
 ]
+BAD_SPLAT = [
+    (dict(xyz=torch.rand(5, 3)), "xyz must be (B, N, 3), not (5, 3)"),
+    (dict(xyz=torch.rand(2, 5, 4)), "must be (B, N, 3), not (2, 5, 4)"),
+    (dict(xyz=torch.ones(2, 5, 3).long()), "pass floating-point coordinates"),
+    (dict(H=0), "a picture of 0 x 4 pixels; pass 1 .. 32768 of each"),
+    (dict(W=32769), "a picture of 3 x 32769 pixels"),
+    (dict(radius=0), "radius = 0 pixels; pass one above 0, up to 32768"),
+    (dict(radius=-1.0), "radius = -1.0 pixels"),
+    (dict(radius=1e5), "radius = 100000.0 pixels"),
+    (dict(radius=torch.nan), "radius = nan pixels"),
+    (dict(xyz=torch.full((2, 20, 3), torch.nan)), "xyz holds 40 points with NaN"),
+    (dict(xyz=torch.tensor([[[0, 0, torch.inf], [0, 0, 0]]])), "xyz holds 1 points with NaN, Inf"),
+]
 GOOD = {farthest_point_sample: dict(xyz=torch.rand(2, 20, 3), m=5),
         knn: dict(query=torch.rand(2, 5, 3), points=torch.rand(2, 20, 3), k=5),
         interpolate: dict(query=torch.rand(2, 5, 3), points=torch.rand(2, 20, 3),
-                          feats=torch.rand(2, 20, 4))}
+                          feats=torch.rand(2, 20, 4)),
+        splat: dict(xyz=torch.rand(2, 20, 3), H=3, W=4, radius=0.5)}
 
 
 def refuses(function, change, message):
@@ -636,6 +809,11 @@ def test_interpolation_refuses_bad_input_and_says_what_to_do(change, message):
     refuses(interpolate, change, message)
 
 
+@pytest.mark.parametrize("change, message", BAD_SPLAT, ids=[m for _, m in BAD_SPLAT])
+def test_splat_refuses_bad_input_and_says_what_to_do(change, message):
+    refuses(splat, change, message)
+
+
 def test_cuda_checks_values_only_on_request(triton_device):
     if triton_device.type != "cuda":
         pytest.skip("needs a CUDA card: there the check would synchronise host and device")
@@ -652,7 +830,8 @@ def test_public_functions_have_the_agreed_signatures():
     names = {f.__name__: list(inspect.signature(f).parameters) for f in GOOD}
     assert names == dict(farthest_point_sample=["xyz", "m", "start", "lengths", "check"],
                          knn=["query", "points", "k", "lengths", "check"],
-                         interpolate=["query", "points", "feats", "k", "lengths", "check"])
+                         interpolate=["query", "points", "feats", "k", "lengths", "check"],
+                         splat=["xyz", "H", "W", "radius", "check"])
 
 
 def op_arguments(device):
@@ -663,10 +842,11 @@ def op_arguments(device):
     return {"farthest_point_sample": (points, 3, torch.zeros_like(lengths), lengths, True),
             "knn": (query, points, 2, lengths, True),
             "interpolate": (feats.requires_grad_(), source, weight),
-            "interpolate_backward": (grad, source, weight, 6)}
+            "interpolate_backward": (grad, source, weight, 6),
+            "splat": (points, 3, 2, 0.5, True)}
 
 
-OPERATORS = ["farthest_point_sample", "knn", "interpolate", "interpolate_backward"]
+OPERATORS = ["farthest_point_sample", "knn", "interpolate", "interpolate_backward", "splat"]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -681,10 +861,10 @@ def test_every_operator_passes_opcheck_in_triton(triton_device, name):
     torch.library.opcheck(operator, op_arguments(triton_device)[name])
 
 
-def grouped_features(xyz, feats):  # all three functions in a row, as a model would use them
+def grouped_features(xyz, feats):  # all functions in a row, as a model would use them
     centres = xyz.gather(1, farthest_point_sample(xyz, 4)[..., None].expand(-1, -1, 3))
     dist2, index = knn(centres, xyz, 5)
-    return interpolate(xyz, centres, feats) * 2, dist2, index
+    return interpolate(xyz, centres, feats) * 2, dist2, index, *splat(8 * xyz, 8, 9, 1.5)
 
 
 def test_torch_compile_passes_through_without_a_graph_break():
@@ -713,16 +893,17 @@ def test_everything_runs_where_triton_is_absent():
         import sys
         sys.modules["triton"] = None  # import triton raises ImportError
         import torch
-        from kernels import farthest_point_sample, interpolate, knn
+        from kernels import farthest_point_sample, interpolate, knn, splat
         xyz, feats = torch.rand(2, 50, 3), torch.rand(2, 50, 4, requires_grad=True)
         farthest_point_sample(xyz, 9)
         knn(xyz, xyz, 4)
         interpolate(xyz, xyz, feats).sum().backward()
+        splat(xyz, 8, 9, 0.5)
         print("fine")
     """, TRITON_INTERPRET="1") == "fine\n"
 
 
-@pytest.mark.parametrize("name", ["fps", "knn", "interpolate"])
+@pytest.mark.parametrize("name", ["fps", "knn", "interpolate", "splat"])
 def test_each_file_checks_itself_when_run(name):
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
     run = subprocess.run([sys.executable, ROOT / "kernels" / f"{name}.py"], env=clean,

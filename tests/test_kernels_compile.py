@@ -20,13 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TYPES = dict(xyz="*fp32", query="*fp32", points="*fp32", start="*i64", lengths="*i64", mail="*i64",
              nearest="*fp32", dist2="*fp32", index="*i64", source="*i64", weight="*fp32",
              ends="*i64", N="i32", M="i32", m="i32", k="i32", tiles="i32", T="i32", C="i32",
-             first="i32")
+             first="i32", depth="*fp32", H="i32", W="i32", height="i32", width="i32", radius="fp32",
+             radius2="fp32", total="i64")
 
 
 def configurations():
     """(name, kernel, argument types, constexpr and options) of all the launchers can choose."""
-    fps, knn, interpolate = (importlib.import_module(f"kernels.{name}")
-                             for name in ("fps", "knn", "interpolate"))
+    fps, knn, interpolate, splat = (importlib.import_module(f"kernels.{name}")
+                                    for name in ("fps", "knn", "interpolate", "splat"))
     sizes = [2 ** i + j for i in range(21) for j in (0, 1)]
     for block, warps in fps.IN_REGISTERS:
         yield "fps_registers", fps._fps_registers, TYPES, dict(BLOCK=block, num_warps=warps)
@@ -46,6 +47,10 @@ def configurations():
             types = dict(TYPES, feats=dtype, grad=dtype, out=dtype)
             yield f"interpolate_forward {dtype}", interpolate._forward, types, forward
             yield f"interpolate_backward {dtype}", interpolate._backward, types, backward
+    chosen = {str(c): c for c in map(splat.blocks, sizes)}
+    for config in chosen.values():
+        yield "splat", splat._splat, TYPES, config
+    yield "splat_unpack", splat._unpack, TYPES, splat.UNPACK
 
 
 def compile_kernel(kernel, types, config, sm):
@@ -109,7 +114,7 @@ def test_every_kernel_configuration_compiles_for_sm_80_and_sm_90(table):
     assert {row["sm"] for row in table} == {80, 90}
     names = {row["kernel"].split()[0] for row in table}
     assert names == {"fps_registers", "fps_together", "fps_stream", "knn", "interpolate_forward",
-                     "interpolate_backward"}
+                     "interpolate_backward", "splat", "splat_unpack"}
 
 
 def test_no_kernel_spills_registers(table):
