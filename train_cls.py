@@ -267,7 +267,7 @@ def main(argv=None):
               f"{len(classes)} classes, {recipe.points} points; {form}")
     common.print_model(run, model, clip)
     if cfg["text_loss"] != "off":
-        run.print(f"text     no text loss: {clip.name} has no text tower" if text is None else
+        run.print(f"text     no text loss: {clip.name} {clip.no_text}" if text is None else
                   f"text     {len(text)} prompts, {cfg['text_loss']} products")
     if not args.eval:
         with run.stopper:
