@@ -2,6 +2,7 @@
 
     python train_clip.py                                 RUN/nanoclip.safetensors, and its accuracy
     python train_clip.py --eval RUN                      evaluate it again
+    python train_clip.py --eval RUN --real modelnet40 --root DIR    name real objects
     python train_cls.py --clip nano=RUN/nanoclip.safetensors        EPCL with it, frozen
 
 What comes out is data/nanoclip.safetensors, which --clip nano takes: a small CLIP that was really
@@ -9,7 +10,6 @@ pretrained, for whoever runs, tests or learns the method without a download. It 
 and a few words beside them, from pictures that a z-buffer drew. Its accuracy is that of naming
 held-out renders by a prompt. That is not zero-shot: captions name the same classes.
 """
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.profiler import record_function
+from tqdm import tqdm
 
 import nanoclip
 import render
+from data import objects
 from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
 from data.synthetic_objects import ALL_CLASSES, STRETCH, make_object
 from run import (InputError, Run, Setup, load_weights, main_guard, recipe_parser, saved_settings,
@@ -267,6 +269,35 @@ def evaluate(model, tokenize, test, setup, batch=500):
             "by_class": by_class}, named.cpu()
 
 
+@torch.no_grad()
+def name_clouds(model, tokenize, cfg, setup, points=1024):
+    """Name the test objects of a data set by prompt, from pictures of their points. -> the line."""
+    path = objects.prepare(cfg["real"], cfg["root"], points, cfg["workers"])
+    _, (xyz, label), classes, form = objects.load(path, points, fraction=0.2)
+    number = np.array([ALL_CLASSES.index(name.lower()) if name.lower() in ALL_CLASSES else -1
+                       for name in classes])
+    rows = np.flatnonzero(number[label] >= 0)
+    if not len(rows):
+        raise InputError(f"{form}: none of its classes is one of {', '.join(ALL_CLASSES)}")
+    size, features = cfg["recipe"]["size"], []
+    axes = [render.look(25, azimuth) for azimuth in (30, 120, 210, 300)]
+    for cloud in tqdm(torch.from_numpy(xyz[rows]), unit="object", leave=False, disable=None):
+        x = [render.draw_points(cloud, render.fit(cloud, axis), size, size) for axis in axes]
+        x = torch.from_numpy(np.stack(x)).to(setup.device).permute(0, 3, 1, 2) / 127.5 - 1
+        with setup.autocast():
+            features.append(model.encode_image(x, normalize=True).float())
+    features = torch.stack(features)                                    # (S, 4, E)
+    tokens = tokenize([PROMPT.format(name) for name in NAMES])
+    prompts = model.encode_text(tokens.to(setup.device), normalize=True)
+    label = torch.from_numpy(number[label[rows]]).to(setup.device)
+    one = (features @ prompts.T).argmax(2) == label[:, None]
+    four = (features.mean(1) @ prompts.T).argmax(1) == label
+    return (f"real     {len(rows):,} clouds of {len(label.unique())} classes, pictures of "
+            f"{points:,} points, by prompt among {len(NAMES)}: one view "
+            f"{100 * one.float().mean():.2f} %, mean of four {100 * four.float().mean():.2f} %; "
+            f"{form}")
+
+
 # ---- Train ---------------------------------------------------------------------------------------
 def train(model, tokenize, data, test, run):
     cfg, setup = run.cfg, run.setup
@@ -325,10 +356,10 @@ def main(argv=None):
         run.open(__file__, folder or args.out)
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     data, test, form = load_data(cfg)
-    objects = [n * len(NAMES) for n in (recipe.objects, TEST[0])]
-    run.print(f"data     {len(data.light):,} pictures of {objects[0]:,} objects to train, "
-              f"{len(test.light):,} of {objects[1]:,} others to test, {recipe.size} x {recipe.size}; "
-              f"{form}")
+    counts = [n * len(NAMES) for n in (recipe.objects, TEST[0])]
+    run.print(f"data     {len(data.light):,} pictures of {counts[0]:,} objects to train, "
+              f"{len(test.light):,} of {counts[1]:,} others to test, {recipe.size} x "
+              f"{recipe.size}; {form}")
     torch.manual_seed(seed_of(cfg["seed"]))
     config = config_of(recipe)
     model, tokenize = nanoclip.build(config, WORDS)
@@ -356,6 +387,8 @@ def main(argv=None):
               f"mean of {TEST[1]} {100 * metrics['accuracy_4_views']:.2f} %, epoch {at['epoch']} "
               f"(best: {100 * at['best']:.2f} % in epoch {at['best_epoch']}); "
               f"{at['seconds']:.0f} s")
+    if args.real:
+        run.print(name_clouds(model, tokenize, {**cfg, "real": args.real}, setup))
     if not args.eval:
         show(run.folder / "look.png", test, named)
         run.results(metrics, "accuracy", (whole, 0), form,
@@ -388,13 +421,19 @@ def show(path, test, named, rows=5, columns=8, times=2):
 def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser)
+    parser.add_argument("--real", choices=["modelnet40", "folder"],
+                        help="with --eval and --root: name real objects, too")
     return parser.parse_args(argv)
 
 
 def settings(args):
     """Flags over the recipe or a saved run -> config, checkpoint or None, run folder or None."""
+    real, args.real = args.real, None       # is no setting of the run
+    if real and not args.eval:
+        raise InputError("--real needs a run: add --eval runs/clip-...")
     if args.resume or args.eval:
-        return saved_settings(args, "clip")
+        saved, args.real = saved_settings(args, "clip"), real
+        return saved
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     return {**shared_settings(args, recipe), "frozen": None}, None, None
 

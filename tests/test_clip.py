@@ -12,6 +12,8 @@ from PIL import Image
 import common
 import nanoclip
 import train_clip
+from data.meshes import sample_surface
+from data.synthetic_objects import make_object
 from run import InputError
 
 SMALL = train_clip.RECIPES["synthetic"]._replace(
@@ -280,7 +282,30 @@ def test_a_run_writes_its_file_and_pictures_and_a_resumed_one_the_same(small, ca
     assert "result   held-out renders" in capsys.readouterr().out
 
 
+def test_real_objects_are_named_from_pictures_of_their_points(small, tmp_path, capsys):
+    train_clip.main(["--out", "run", "--epochs", "1", "--device", "cpu", "--workers", "1"])
+    for name, k in (("Cone", 9), ("Stairs", 31), ("Unheard", 20)):
+        for part in ("train", "test"):
+            (tmp_path / "own" / part / name).mkdir(parents=True)
+            for i in range(2):
+                rng = np.random.default_rng(i)
+                xyz = make_object(train_clip.ALL_CLASSES[k], rng)
+                xyz = sample_surface(*xyz, 1100, rng)
+                np.save(tmp_path / "own" / part / name / f"{i}.npy", xyz)
+    words = ["--eval", "run", "--real", "folder", "--root", "own", "--device", "cpu"]
+    train_clip.main([*words, "--workers", "1"])
+    assert "real     4 clouds of 2 classes, pictures of 1,024 points, by prompt among 40: one" in (
+        capsys.readouterr().out)
+    shutil.rmtree(tmp_path / "own/train/Cone")
+    for part, name in (("train", "Stairs"), ("test", "Stairs"), ("test", "Cone")):
+        shutil.rmtree(tmp_path / "own" / part / name)
+    with pytest.raises(InputError, match="none of its classes is one of airplane, bathtub"):
+        train_clip.main([*words, "--workers", "1"])
+
+
 def test_what_the_script_cannot_do_is_one_line(small):
+    with pytest.raises(InputError, match="--real needs a run: add --eval"):
+        train_clip.main(["--real", "folder", "--root", "here"])
     with pytest.raises(InputError, match="there are 160 pictures"):
         train_clip.main(["--batch-size", "161", "--device", "cpu", "--workers", "1"])
     with pytest.raises(InputError, match="the built-in data has no files"):
