@@ -85,7 +85,6 @@ class Pictures(NamedTuple):
 
 def draw_object(seed, k, i, views, size):
     """Object i of class k from `views` sides -> light (V, 2, size, size) uint8, about (V, 3)."""
-    torch.set_num_threads(1)
     rng = np.random.default_rng([seed, k, i])
     vertices, faces = make_object(ALL_CLASSES[k], rng)
     vertices = vertices * rng.uniform(1 - STRETCH, 1 + STRETCH, 3)
