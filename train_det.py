@@ -132,14 +132,14 @@ def load_scenes(cfg):
 
 
 def load_synthetic(points):
-    from data.synthetic import FURNITURE, room_scenes
+    from data.synthetic_rooms import FURNITURE, room_scenes
     parts = [[], []]
     for part, seed, count in zip(parts, (1, 2), SYNTHETIC):
         for i, room in enumerate(room_scenes(count, 2 * points, seed)):
             boxes = np.concatenate([room["center"], room["size"]], 1)
             arrays = map(torch.from_numpy, (room["xyz"], boxes, room["label"]))
             part.append(Scene(f"room{i:03d}", *arrays))
-    return *parts, FURNITURE, "procedural rooms of data/synthetic.py"
+    return *parts, FURNITURE, "procedural rooms of data/synthetic_rooms.py"
 
 
 def read_scene(path, names, own, notes):

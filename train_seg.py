@@ -125,13 +125,13 @@ def own_rooms(root, cfg):
 
 
 def load_synthetic():
-    from data.synthetic import OFFICES, ROOM_CLASSES, room_scenes
+    from data.synthetic_rooms import OFFICES, ROOM_CLASSES, room_scenes
     *counts, points = SYNTHETIC
     parts = [[], []]
     for part, seed, count in zip(parts, (1, 2), counts):
         for i, room in enumerate(room_scenes(count, points, seed, kinds=OFFICES)):
             part.append(room_of(f"room{i:03d}", room["xyz"], room["rgb"], room["semantic"]))
-    return *parts, ROOM_CLASSES, "procedural rooms of data/synthetic.py"
+    return *parts, ROOM_CLASSES, "procedural rooms of data/synthetic_rooms.py"
 
 
 def read_room(path, numbers=(), known=None, scale=1.0):

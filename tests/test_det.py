@@ -13,7 +13,7 @@ import torch
 import common
 import run
 import train_det as det
-from data import synthetic
+from data import synthetic_rooms
 from data.files import read_ply, write_ply
 from data.scannet import SCANNET_BOXES
 from run import ABLATIONS, InputError
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def rooms():
-    return synthetic.room_scenes(3, 3000, 9)
+    return synthetic_rooms.room_scenes(3, 3000, 9)
 
 
 def config(root, data="scannet", **more):
@@ -44,7 +44,8 @@ def test_scans_become_scenes_with_the_boxes_of_eighteen_classes(tmp_path, rooms)
     assert [s.name for s in val] == ["scene0568_00"] and classes == tuple(SCANNET_BOXES)
     assert "2 of 1,201 train and 1 of 312 val" in form
     for scene, room in zip(train + val, rooms):
-        assert [classes[k] for k in scene.label] == [synthetic.FURNITURE[k] for k in room["label"]]
+        names = [synthetic_rooms.FURNITURE[k] for k in room["label"]]
+        assert [classes[k] for k in scene.label] == names
         np.testing.assert_allclose(scene.boxes[:, :3], room["center"], atol=1e-4)
         np.testing.assert_allclose(scene.boxes[:, 3:], room["size"], atol=1e-4)
 
@@ -74,7 +75,7 @@ def own(tmp_path, rooms):
         else:
             write_ply(folder / f"room{i}.ply", room["xyz"], room["rgb"])
         (folder / f"room{i}.json").write_text(json.dumps([
-            {"class": synthetic.FURNITURE[k], "center": c.tolist(), "size": s.tolist()}
+            {"class": synthetic_rooms.FURNITURE[k], "center": c.tolist(), "size": s.tolist()}
             for k, c, s in zip(room["label"], room["center"], room["size"])]))
     return tmp_path
 
@@ -83,7 +84,7 @@ def test_own_scenes_are_read(own, rooms):
     train, val, classes, _ = det.load_scenes(config(own, "folder"))
     assert len(train) == 2 and len(val) == 1
     assert [classes[k] for k in train[1].label] == [
-        synthetic.FURNITURE[k] for k in rooms[1]["label"]]
+        synthetic_rooms.FURNITURE[k] for k in rooms[1]["label"]]
     np.testing.assert_allclose(val[0].xyz, rooms[0]["xyz"])
 
 
@@ -383,7 +384,7 @@ def test_detections_drop_empty_boxes_doubles_and_unlikely_ones():
 def test_an_exported_scene_shows_points_and_boxes_and_its_detections_can_be_read_back(
         tmp_path, rooms):
     trimesh = pytest.importorskip("trimesh")
-    scene, classes = scene_of(rooms[0]), synthetic.FURNITURE
+    scene, classes = scene_of(rooms[0]), synthetic_rooms.FURNITURE
     scores = np.eye(8)[scene.label.numpy()] * .9
     scores[0] *= .1                                         # not sure enough to be shown
     found = [Detections(scene.boxes.numpy(), scores),
@@ -665,7 +666,7 @@ def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     """mAP@0.25 above 0.9 on what it was trained on: nothing between data and metric is broken."""
     scenes = [scene_of(r, f"room{i}") for i, r in enumerate(rooms[:2])]
     monkeypatch.setattr(det, "load_scenes",
-                        lambda cfg: (scenes, scenes, synthetic.FURNITURE, "two"))
+                        lambda cfg: (scenes, scenes, synthetic_rooms.FURNITURE, "two"))
     make = det.make_batch                                   # without chance, 100 steps do
     monkeypatch.setattr(det, "make_batch",
                         lambda scenes, points, device, *augment: make(scenes, points, device))
@@ -674,7 +675,7 @@ def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     det.main(small)
     results = json.loads(Path("runs/det-synthetic-1/results.json").read_text())
     occurring = len(torch.cat([scene.label for scene in scenes]).unique())
-    assert results["metrics"]["map25"] * len(synthetic.FURNITURE) / occurring > .9
+    assert results["metrics"]["map25"] * len(synthetic_rooms.FURNITURE) / occurring > .9
 
 
 @pytest.mark.parametrize("words, message", [

@@ -12,7 +12,7 @@ import torch
 import common
 import run
 import train_seg as seg
-from data import synthetic
+from data import synthetic_rooms
 from data.files import BrokenFile, read_cloud, read_ply, write_ply
 from data.s3dis import ROOM_CLASSES
 from data.scannet import SCANNET_BOXES, SCANNET_POINTS
@@ -29,7 +29,7 @@ GO_ON = ", or pass --skip-broken to go on without it"
 
 @pytest.fixture(scope="module")
 def rooms():
-    return synthetic.room_scenes(3, 1500, 9)
+    return synthetic_rooms.room_scenes(3, 1500, 9)
 
 
 def room_of(room, name="room"):
@@ -96,8 +96,8 @@ def test_scans_of_scannet_become_rooms(tmp_path, rooms):
         xyz = torch.from_numpy(source["xyz"] - source["xyz"].min(0))
         place = torch.cdist(room.xyz.double(), xyz.double()).argmin(1).numpy()  # they are shuffled
         assert len(np.unique(place)) == 1500
-        kinds = ["wall" if i < 0 else names[SCANNET_BOXES[synthetic.FURNITURE[source["label"][i]]]]
-                 for i in source["instance"][place]]
+        boxes = [SCANNET_BOXES[synthetic_rooms.FURNITURE[k]] for k in source["label"]]
+        kinds = ["wall" if i < 0 else names[boxes[i]] for i in source["instance"][place]]
         label = np.array([classes.index(kind) for kind in kinds])
         same_room(room, source["xyz"][place], source["rgb"][place], label, 1e-4)
 
