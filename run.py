@@ -145,7 +145,7 @@ def saved_settings(args, task, other_data=False):
     if cfg["data"] == "synthetic" and args.root:
         raise InputError(f"--root {args.root}: the built-in data has no files; add --data")
     free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export", "clip",
-            "official", "skip_broken", *other]      # weights are known by their hash: `check_frozen`
+            "official", "skip_broken", *other]          # weights have a hash: `check_frozen`
     free += ["precision", "batch_size", "scale"] if args.eval else ["compile"]
     for name, value in vars(args).items():
         was = cfg["recipe"].get(name, cfg.get(name))

@@ -74,8 +74,8 @@ RECIPES = {
     # ours, sized for two CPU cores
     "synthetic": SCANNET._replace(
         points=4096, tokens=192, fine=192, radius=0.5, neighbours=32, source=1875, queries=96,
-        layers=3, content="token", epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5, dropout=0.0,
-        decoder_dropout=0.0, head_dropout=0.0, cuboid=False, every=4),
+        layers=3, content="token", epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5,
+        dropout=0.0, decoder_dropout=0.0, head_dropout=0.0, cuboid=False, every=4),
 }
 FINAL_LR = 5e-7             # supplement C
 SYNTHETIC = (200, 40)       # rooms to train and to test
@@ -386,7 +386,7 @@ class Detector(nn.Module):
         self.heads = nn.ModuleDict({
             name: nn.Sequential(*layers(width, width, width, dropout=r.head_dropout),
                                 nn.Linear(width, n)) for name, n in outputs.items()})
-        for weight in self.decoder.parameters():        # as 3DETR; other parts keep torch's defaults
+        for weight in self.decoder.parameters():    # as 3DETR; other parts keep torch's defaults
             if weight.ndim > 1:
                 nn.init.xavier_uniform_(weight)
 

@@ -114,7 +114,8 @@ def test_own_scenes_in_the_prepared_form_are_read(tmp_path, rooms):
     ('[{"class": "bed",\n "center"]', r"line 2 is not JSON \(.*\); repair it"),
     (json.dumps([{"class": "bed", "center": [0, 0, 0], "size": [1, 1, 1]}] * 65),
      "65 boxes, at most 64"),
-    ('[{"class": "teapot", "center": [0, 0, 0], "size": [1, 1, 1]}]', "'teapot' is none of those to learn"),
+    ('[{"class": "teapot", "center": [0, 0, 0], "size": [1, 1, 1]}]',
+     "'teapot' is none of those to learn"),
 ])
 def test_bad_boxes_are_named(own, boxes, words):
     (own / "val/room0.json").write_text(boxes)
@@ -408,7 +409,8 @@ def test_an_exported_scene_shows_points_and_boxes_and_its_detections_can_be_read
 # --- model ----------------------------------------------------------------------------------------
 
 SMALL = det.RECIPES["synthetic"]._replace(
-    points=512, tokens=64, fine=64, radius=.8, neighbours=16, source=312, queries=64, layers=2, epochs=2,
+    points=512, tokens=64, fine=64, radius=.8, neighbours=16, source=312, queries=64, layers=2,
+    epochs=2,
     batch_size=2, every=1)
 
 

@@ -973,7 +973,8 @@ def op_arguments(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("B, S, shape, C", [(2, 30, (7, 4), 20), (1, 5, (40,), 3), (3, 9, (1, 1), 70)])
+@pytest.mark.parametrize("B, S, shape, C", [(2, 30, (7, 4), 20), (1, 5, (40,), 3),
+                                            (3, 9, (1, 1), 70)])
 def test_group_gathers_rows_and_sums_their_gradients_in_a_fixed_order(triton_device, B, S, shape, C,
                                                                       dtype):
     g = torch.Generator().manual_seed(0)

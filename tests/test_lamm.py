@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import common
 import lamm
 import train_det as det
-from data import synthetic
+from data import synthetic_rooms
 from run import InputError
 from test_det import scene_of
 
@@ -205,7 +205,7 @@ def test_the_released_detector_gives_the_released_features_and_boxes(released):
     assert ours.keys() == model.state_dict().keys()
     model.load_state_dict(ours)
     model.eval()
-    rooms = synthetic.room_scenes(2, 900, 9)
+    rooms = synthetic_rooms.room_scenes(2, 900, 9)
     batch = det.make_batch([scene_of(room) for room in rooms], 600, torch.device("cpu"))
     with torch.no_grad():
         features, expected = released_outputs(state, batch.xyz, batch.low, batch.high)
@@ -225,7 +225,8 @@ def test_a_run_starts_from_the_release_and_says_what_it_is_worth(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(det.RECIPES, "synthetic", det.RECIPES["synthetic"]._replace(
         points=400, epochs=1, batch_size=2))
-    scenes = [scene_of(room, f"room{i}") for i, room in enumerate(synthetic.room_scenes(2, 800, 9))]
+    scenes = [scene_of(room, f"room{i}")
+              for i, room in enumerate(synthetic_rooms.room_scenes(2, 800, 9))]
     classes = tuple(f"class {i}" for i in range(18))
     monkeypatch.setattr(det, "load_scenes", lambda cfg: (scenes, scenes[:1], classes, "two"))
     det.main(["--init-official", str(path), "--lr", "1e-9"])
@@ -250,8 +251,10 @@ def test_what_is_not_the_released_detector_is_one_line(released, tmp_path):
     path, state, *_ = released
     few = {name: w for name, w in state.items() if not name.startswith(lamm.CLIP)}
     patch = {"encoder.clip_vit.conv1.weight": state["encoder.clip_vit.conv1.weight"]}
-    for name, content in (("flags", {"model": {**few, **patch}}), ("heads", {"model": few, "args": Namespace(
-            vit_num_token=256, dec_nhead=8)}), ("bare", {"weight": torch.ones(3)})):
+    heads = Namespace(vit_num_token=256, dec_nhead=8)
+    for name, content in (("flags", {"model": {**few, **patch}}),
+                          ("heads", {"model": few, "args": heads}),
+                          ("bare", {"weight": torch.ones(3)})):
         torch.save(content, tmp_path / name)
     (tmp_path / "cut").write_bytes(Path(path).read_bytes()[:5000])
     for words, message in (

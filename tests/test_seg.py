@@ -162,7 +162,7 @@ def test_own_clouds_come_with_classes_in_two_parts(own, missing, words):
 
 def test_an_empty_list_of_classes_is_called_empty(own):
     (own / "classes.txt").write_text("")
-    with pytest.raises(InputError, match="classes.txt: is empty; write the name of a class in each"):
+    with pytest.raises(InputError, match="classes.txt: is empty; write the name of a class in"):
         seg.load_rooms(config(own, "folder"))
 
 
