@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
+import render
 import run
 import train_det as det
 from data import synthetic
@@ -404,6 +406,32 @@ def test_an_exported_scene_shows_points_and_boxes_and_its_detections_can_be_read
     assert json.loads((tmp_path / "empty.json").read_text()) == []
 
 
+def test_the_picture_shows_true_boxes_green_and_sure_detections_red(rooms, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(render, "sheet", lambda cells, **_: drawn.append(cells))
+    scene = scene_of(rooms[0])
+    k = len(scene.boxes)
+    scores = np.full((k, 8), .1)
+    scores[0, 3] = det.LEAST_SCORE                          # the only one to be shown
+    sure = Detections(scene.boxes.numpy() + np.float32([0, 0, 0, .3, .3, .3]), scores)
+    none = Detections(np.zeros((0, 6)), np.zeros((0, 8)))
+    det.picture([scene, scene, scene], [sure, none, none])
+    (one, other), = drawn                                   # two at most
+    assert one.caption == (f"room: {k} true boxes in green, in red 1\n"
+                           "detected with a score of at least 0.3")
+    for cell, red in ((one, True), (other, False)):
+        rgb = cell.picture.astype(int)
+        assert ((rgb - det.RED).__abs__().sum(2) < 60).any() == red
+        assert ((rgb - det.GREEN).__abs__().sum(2) < 60).sum() > 200
+    shown, camera = render.into_room(scene.xyz)
+    bare = render.draw_points(scene.xyz[shown], camera, 420, 420)
+    same = (one.picture == bare).all(2)
+    corner = render.project(torch.from_numpy(sure.boxes[:1, :3] + sure.boxes[:1, 3:] / 2), camera,
+                            420, 420)[0]
+    column, row, _ = corner.long().tolist()
+    assert .5 < same.mean() < 1 and not same[row, column]
+
+
 # --- model ----------------------------------------------------------------------------------------
 
 SMALL = det.RECIPES["synthetic"]._replace(
@@ -490,7 +518,9 @@ def test_a_run_evaluates_resumes_and_repeats(small, monkeypatch, capsys):
     assert "result   mAP@0.25" in printed and "AR@0.50" in printed
     det.main(["--eval", "runs/det-synthetic-1", "--export", "look"])
     assert sorted(p.name for p in Path("look").iterdir()) == [
-        "room000.json", "room000.ply", "room001.json", "room001.ply"]
+        "look.png", "room000.json", "room000.ply", "room001.json", "room001.ply"]
+    looks = [Image.open(Path(folder, "look.png")) for folder in ("look", "runs/det-synthetic-1")]
+    assert looks[0].tobytes() == looks[1].tobytes() and looks[0].width == 2 * (420 + 12)
 
     def last_lines(text):
         return [line for line in text.splitlines() if line.startswith(("result", "mean"))]

@@ -17,8 +17,10 @@ import torch
 
 import bench
 import common
+import look
 import run as run_module
 import test_bench
+import test_look
 import train_cls
 import train_det
 import train_fewshot
@@ -195,7 +197,8 @@ def test_each_detection_command_runs(command, tmp_path, monkeypatch, tiny_clip, 
         assert ("resumed after" in printed) == ("--resume" in words)
     if "--export" in words:
         exported = Path(words[words.index("--export") + 1])
-        assert {path.name for path in exported.iterdir()} == {"room000.ply", "room000.json"}
+        assert {path.name for path in exported.iterdir()} == {
+            "room000.ply", "room000.json", "look.png"}
     assert list(Path("runs").glob("det-*/results.json"))
 
 
@@ -224,7 +227,8 @@ def test_each_segmentation_command_runs(command, tmp_path, monkeypatch, tiny_cli
         assert (" votes" in printed) == ("--vote" in words)
     if "--export" in words:
         exported = Path(words[words.index("--export") + 1])
-        assert {path.name for path in exported.iterdir()} == {"room000.ply", "room000.npy"}
+        assert {path.name for path in exported.iterdir()} == {
+            "room000.ply", "room000.npy", "look.png"}
     assert list(Path("runs").glob("seg-*/results.json"))
 
 
@@ -239,6 +243,18 @@ def test_each_benchmark_command_runs(command, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     expected = {"kernels": "ours   ", "train": "parts    ", "table": "| workload | ours, ms |"}
     assert expected[words[0]] in printed
+
+
+@commands_of("python look.py")
+def test_each_command_that_draws_curves_runs(command, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: draws with it")
+    monkeypatch.chdir(tmp_path)
+    words = words_of(command, "look.py")
+    runs = [word for word in words if word.startswith("runs/")]
+    for run in runs:
+        test_look.run_of(Path(run), test_look.LINES)
+    look.main(words)
+    assert capsys.readouterr().out.split() == [f"{runs[0]}/curves.png"]
 
 
 def python(folder, *words):
@@ -270,7 +286,7 @@ def test_every_command_of_readme_and_docs_is_covered_by_a_test_above():
     for command in COMMANDS:
         assert any(word in command for word in (
             "train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py", "bench.py",
-            "python kernels/", "python -m data.", "pytest")), command
+            "python look.py", "python kernels/", "python -m data.", "pytest")), command
 
 
 # --- files ----------------------------------------------------------------------------------------
