@@ -21,18 +21,26 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                     # macOS, Windows: no GPU to measure
+    triton = None
+
 from common import gather
-from kernels import farthest_point_sample, interpolate, knn, splat
+from kernels import ball_query, farthest_point_sample, interpolate, knn, splat
 from run import InputError, Run, Setup, main_guard, parameter_groups, versions, whole
 
-fps_file, knn_file, splat_file = (importlib.import_module(f"kernels.{name}")
-                                  for name in ("fps", "knn", "splat"))
+fps_file, knn_file, ball_file, splat_file = (importlib.import_module(f"kernels.{name}")
+                                             for name in ("fps", "knn", "ball_query", "splat"))
 OUT = Path(__file__).parent / "docs" / "bench.jsonl"
 
 #       B, N, m
 FPS = [(32, 1024, 64), (32, 8192, 1200), (8, 40_000, 2048), (2, 80_000, 20_000), (1, 120_000, 2048)]
 #       B, queries, N, k
 KNN = [(32, 64, 1024, 32), (8, 2048, 40_000, 64), (1, 80_000, 80_000, 16), (1, 1_000_000, 4096, 3)]
+#       B, queries, N, radius, k: the detector's patches, and the second level of LAMM's
+BALL = [(8, 2048, 40_000, 0.2, 64), (8, 256, 2048, 1.6, 512)]
 #       B, N, S, C, dtype
 INTERPOLATE = [(8, 40_000, 2048, C, dtype)
                for C in (256, 512) for dtype in (torch.float32, torch.bfloat16)]
@@ -81,15 +89,16 @@ def peak(call, device):
 
 def floors(device):
     """What this machine can do, measured: bytes a second of a copy, distances a second, seconds of
-    one small step (FPS cannot start the next before it), floating-point operations a second of a
-    product."""
+    one small step (an argmax: FPS cannot start the next before it), floating-point operations a
+    second of a product."""
     x = torch.rand(64 * 2 ** 20, device=device)                                 # 256 MB
     y = torch.empty_like(x)
     a, b = torch.rand(1024, 1, device=device), torch.rand(1, 512, device=device)
     out = torch.empty(1024, 512, device=device)
     tiny = torch.rand(64, device=device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    n = 4096 if device.type == "cuda" else 1024
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    n = 4096 if on_gpu else 1024
     p, q = (torch.rand(n, n, device=device, dtype=dtype) for _ in range(2))
 
     def distances():            # 7 passes over 2^19 pairs in cache; a distance takes 8
@@ -103,10 +112,38 @@ def floors(device):
 
     calls = {"copy": lambda: y.copy_(x), "pairs": distances, "step": steps,
              "product": lambda: p @ q}
+    pairs, repeats = 4 * out.numel(), 100
+    if on_gpu:                  # there a call of torch is mostly its launch
+        programs, repeats = 8 * torch.cuda.get_device_properties(device).multi_processor_count, 4096
+        pairs = programs * 1024 * repeats
+        calls["pairs"] = lambda: _distances[(programs,)](x, y, repeats, enable_fp_fusion=False)
+        calls["step"] = lambda: _steps[(1,)](x, y, repeats)
     took = rounds(calls, device)
     ms = {name: float(np.min(t)) for name, t in took.items()}
-    return {"bytes": 2 * x.nbytes / ms["copy"] * 1e3, "pairs": 4 * out.numel() / ms["pairs"] * 1e3,
-            "step": ms["step"] / 100 / 1e3, "flop": 2 * n ** 3 / ms["product"] * 1e3}
+    return {"bytes": 2 * x.nbytes / ms["copy"] * 1e3, "pairs": pairs / ms["pairs"] * 1e3,
+            "step": ms["step"] / repeats / 1e3, "flop": 2 * n ** 3 / ms["product"] * 1e3}
+
+
+if triton:
+    @triton.jit(do_not_specialize=["repeats"])
+    def _distances(x, y, repeats):      # the arithmetic of a distance and a minimum, in registers
+        lane = tl.arange(0, 1024)
+        a = tl.load(x + lane)
+        b = tl.load(x + 1024 + lane)
+        nearest = a
+        for i in range(repeats):
+            dx, dy, dz = a - i, b - i, (a + b) - i
+            nearest = tl.minimum(nearest, (dx * dx + dy * dy) + dz * dz)
+        tl.store(y + tl.program_id(0) * 1024 + lane, nearest)
+
+    @triton.jit(do_not_specialize=["repeats"])
+    def _steps(x, y, repeats):          # one program: each argmax of 1,024 lanes needs the last one
+        lane = tl.arange(0, 1024)
+        a = tl.load(x + lane)
+        far = tl.argmax(a, 0)
+        for _ in range(repeats):
+            far = tl.argmax(a + far.to(tl.float32), 0)
+        tl.store(y, far.to(tl.float32))
 
 
 def machine(device):
@@ -194,6 +231,34 @@ def knn_case(device, B, M, N, k):
     return calls, floor, same_indices
 
 
+def ball_case(device, B, M, N, radius, k):
+    """Balls around points of an empty room, of its six sides: 4 x 5 x 2.5 m."""
+    g = torch.Generator(device).manual_seed(0)
+    points = torch.rand(B, N, 3, device=device, generator=g)
+    end = torch.randint(2, (B, N, 1), device=device, generator=g).float()
+    areas = torch.tensor([5 * 2.5, 4 * 2.5, 4 * 5], device=device)
+    side = torch.multinomial(areas, B * N, True, generator=g).view(B, N, 1)     # at one end of it
+    points = points.scatter(2, side, end) * torch.tensor([4, 5, 2.5], device=device)
+    query = points[:, :M].contiguous()
+    lengths = torch.full((B,), N, device=device)
+    calls = {"ours": lambda: ball_query(query, points, radius, k),
+             "torch": lambda: ball_file.ball_torch(query, points, radius, k, lengths)}
+    if device.type == "cuda":
+        if pointnet2 := optional("pointnet2_ops.pointnet2_utils"):
+            calls["pointnet2_ops"] = lambda: pointnet2.ball_query(radius, k, points, query)
+        if mmcv := optional("mmcv.ops"):
+            calls["mmcv"] = lambda: mmcv.ball_query(0, radius, k, points, query)
+    if pytorch3d := optional("pytorch3d.ops"):
+        def padded():
+            found = pytorch3d.ball_query(query, points, K=k, radius=radius, return_nn=False).idx
+            return torch.where(found < 0, found[..., :1], found)
+        calls["pytorch3d"] = padded
+    last = calls["ours"]()[..., -1]         # a scan ends there where a ball is full
+    read = torch.where(last > calls["ours"]()[..., 0], last + 1, N).sum()
+    floor = {"pairs": int(read), "bytes": 12 * B * (M + N) + 8 * B * M * k}
+    return calls, floor, same_indices
+
+
 def interpolate_case(device, B, N, S, C, dtype):
     g = torch.Generator(device).manual_seed(0)
     query = torch.rand(B, N, 3, device=device, generator=g)
@@ -265,6 +330,8 @@ def name_of(kernel, shape):
         return "FPS {} x {:,} -> {:,}".format(*shape)
     if kernel == "KNN":
         return "KNN {} x ({:,} of {:,}), k = {}".format(*shape)
+    if kernel == "ball query":
+        return "ball query {} x ({:,} of {:,}), {} m, k = {}".format(*shape)
     if kernel == "grouping":
         return "grouping {} x {:,}, {:,} x {}, C = {}, both ways".format(*shape)
     if kernel == "splat":
@@ -277,18 +344,18 @@ def kernels(device, quick):
     can, facts = floors(device), machine(device)
     print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}, triton "
           f"{facts['triton']}, numba {facts['numba'] or 'absent'}; copy {can['bytes'] / 1e9:.1f} "
-          f"GB/s, {can['pairs'] / 1e9:.2f} G distances/s, a small step {1e6 * can['step']:.1f} us, "
+          f"GB/s, {can['pairs'] / 1e9:.2f} G distances/s, a small step {1e6 * can['step']:.2f} us, "
           f"product {can['flop'] / 1e12:.2f} TFLOP/s")
     write({"kind": "floors", **can, **facts})
     print(f"{'workload':66s}{'contender':17s}{'ms':>10}{'spread':>8}{'MB':>8}{'same':>8}"
           f"{'ours is':>9}{'floor ms':>10}{'of floor':>9}")
     cases = [("FPS", fps_case, FPS), ("KNN", knn_case, KNN),
-             ("interpolation", interpolate_case, INTERPOLATE), ("grouping", group_case, GROUP),
-             ("splat", splat_case, SPLAT)]
+             ("ball query", ball_case, BALL), ("interpolation", interpolate_case, INTERPOLATE),
+             ("grouping", group_case, GROUP), ("splat", splat_case, SPLAT)]
     for kernel, case, shapes in cases:
         for shape in shapes:
             limit = 3e8 if quick else 1e12              # distances of a workload
-            if kernel in ("FPS", "KNN") and np.prod(shape[:3], dtype=float) > limit:
+            if kernel in ("FPS", "KNN", "ball query") and np.prod(shape[:3], dtype=float) > limit:
                 continue
             half = kernel == "interpolation" and shape[4] == torch.bfloat16
             if half and device.type == "cpu" or kernel == "interpolation" and quick:
@@ -388,9 +455,10 @@ def random_data(script, task, recipe, device):
 
 LABELS = {                  # what the profiler calls a part of a step -> its name in the table
     "step": "the rest", "data": "data", "nanoepcl::farthest_point_sample": "FPS",
-    "nanoepcl::knn": "KNN", "nanoepcl::interpolate": "interpolation",
-    "nanoepcl::interpolate_backward": "interpolation", "tokenizer": "tokenizer",
-    "frozen forward": "frozen forward", "model": "head", "matching": "matching",
+    "nanoepcl::knn": "KNN", "nanoepcl::ball_query": "ball query",
+    "nanoepcl::interpolate": "interpolation", "nanoepcl::interpolate_backward": "interpolation",
+    "tokenizer": "tokenizer", "frozen forward": "frozen forward", "model": "head",
+    "matching": "matching",
     "autograd::engine::evaluate_function": "backward", "Optimizer.step#AdamW.step": "optimiser"}
 
 
@@ -409,19 +477,18 @@ def show_parts(model):
         show(block, "frozen forward")
 
 
-def parts_of(step, device):
+def parts_of(step, device, usual):
     """Seconds of a step by part, each without the labelled parts inside it.
 
-    On a GPU these are seconds of its kernels, and those in which it has none to run.
+    On a GPU these are seconds of its kernels, and what is then left of the `usual` seconds of a
+    step that nobody watches: there it has none to run.
     """
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profile, record_function("step"):
-        begin = time.perf_counter()
         step()
         wait(device)
-        whole_step = time.perf_counter() - begin
     seconds = {}
     for event in profile.events():
         label = LABELS.get(event.name.split(": ")[0])
@@ -436,7 +503,7 @@ def parts_of(step, device):
             outer = LABELS[parent.name.split(": ")[0]]
             seconds[outer] = seconds.get(outer, 0) - time_of / 1e6
     if device.type == "cuda":
-        seconds["GPU idle"] = max(0.0, whole_step - sum(seconds.values()))
+        seconds["GPU idle"] = max(0.0, usual - sum(seconds.values()))
     return seconds
 
 
@@ -453,7 +520,7 @@ def train(task, device, batch, clip, precision, repeat):
     hook.remove()
     ms = rounds({"step": step}, device, repeat, budget=240.0)["step"]
     show_parts(model)
-    seconds = parts_of(step, device)
+    seconds = parts_of(step, device, float(np.median(ms)) / 1e3)
     b, L, D = shapes[0]
     flop = b * len(model.encoder.clip.blocks) * (24 * L * D * D + 4 * L * L * D)
     can, facts, median = floors(device), machine(device), float(np.median(ms))

@@ -1,10 +1,11 @@
-"""Sampling, nearest neighbours, interpolation, points to pixels: a file each, CPU and CUDA."""
+"""Sampling, neighbours, ball query, interpolation, points to pixels: a file each, CPU and CUDA."""
+from .ball_query import ball_query
 from .fps import farthest_point_sample, numba, triton
 from .interpolate import interpolate
 from .knn import knn
 from .splat import splat
 
-__all__ = ["farthest_point_sample", "interpolate", "knn", "splat"]
+__all__ = ["ball_query", "farthest_point_sample", "interpolate", "knn", "splat"]
 
 
 def engine(kind):

@@ -13,20 +13,25 @@ are sequential: the run time is m times the latency of one step.
                      boxes that the new sample cannot affect
     _fps_registers   GPU, up to 8,192 points: one program per cloud holds points and distances in
                      registers; 12·B·N + 8·B·m bytes in all
-    _fps_together    GPU, larger clouds: several programs share a cloud and find dozens of samples
-                     per synchronisation
-    _fps_stream      GPU, for clouds that need more programs than the card has multiprocessors, and
-                     for triton 3.2: reads the cloud from L2 in every step, 20·B·N·m bytes
+    _fps_round       GPU, larger clouds: several programs share a cloud and find dozens of samples
+                     per launch; 24·B·N bytes a launch, 16 + sqrt(m) launches
+    _fps_rest        GPU, the few clouds that need more rounds: reads the cloud from L2 in every
+                     step, 20·B·N bytes a sample
 
     python kernels/fps.py
 """
-import os
+import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+
+if __package__:
+    from .launch import failed, launch, use_triton
+else:  # run as a script
+    from launch import failed, launch, use_triton
 
 try:
     import triton
@@ -40,8 +45,8 @@ try:
 except ImportError:  # optional, CPU only: same result without them, about 10x slower
     numba = None
 
-IN_REGISTERS = ((1024, 4), (2048, 8), (4096, 8), (8192, 16))  # largest N, warps; not tuned yet
-STREAMED = (4096, 16)  # points per iteration, warps
+IN_REGISTERS = ((1024, 4), (2048, 4), (4096, 8), (8192, 8))  # largest N, warps: best on an H100
+STREAMED = (4096, 16)  # of _fps_rest: points per iteration, warps
 FEW = 256  # up to this many samples, sorting a cloud costs a CPU more than it saves
 
 
@@ -173,17 +178,72 @@ if triton:
             nearest = tl.minimum(nearest, _square(x - cx, y - cy, z - cz))
             far = tl.argmax(nearest, 0, tie_break_left=True).to(tl.int32)
 
-    @triton.jit(do_not_specialize=["N", "m"])
-    def _fps_stream(xyz, start, lengths, nearest, index, N, m, BLOCK: tl.constexpr):
-        # one program per cloud of any size, which it reads BLOCK points at a time in each of the m
-        # steps; nearest (B, N) = inf is in global memory. A thread always gets the same points, so
-        # no barrier is needed
+    @triton.jit
+    def _key(distance, n):  # one int64 that sorts by distance, ties by descending index
+        return (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - n)
+
+    @triton.jit(do_not_specialize=["N", "m", "B", "turn"])
+    def _fps_round(xyz, lengths, nearest, mail, done, index, N, m, B, turn,
+                   PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, BEST: tl.constexpr):
+        # PROGRAMS programs share one cloud, each owns BLOCK of its points, and one launch is one
+        # round. The launch before left in `mail` the keys of the BEST farthest points of each
+        # program, in descending order. The key of any other point is at most `bound`, the largest
+        # of the last keys, and keys only decrease. So every program runs FPS on the listed points
+        # alone; while the farthest of them reaches `bound`, it is the farthest of the whole cloud.
+        # A round yields at least one sample, typically dozens (kaolin does the same with one
+        # sorted list). Then each program leaves its own list for the next launch.
+        #
+        # No program waits for another: the end of a launch is the barrier. Two mail boxes and a
+        # row of `done` per round keep what is read apart from what is written.
+        g = tl.program_id(0)
+        b = tl.program_id(1).to(tl.int64)
+        i = tl.load(done + turn.to(tl.int64) * B + b)  # samples so far
+        if i < m:
+            length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 1), N)
+            lane = tl.arange(0, BLOCK)
+            n = (lane // 8 * PROGRAMS + g) * 8 + lane % 8  # a region is shared by all programs
+            cloud = xyz + b * N * 3
+            x = tl.load(cloud + n * 3, n < length, 0.0)
+            y = tl.load(cloud + n * 3 + 1, n < length, 0.0)
+            z = tl.load(cloud + n * 3 + 2, n < length, 0.0)
+            near = tl.load(nearest + b * N + n, n < length, 0.0)
+            slot = tl.arange(0, PROGRAMS * BEST)
+            key = tl.load(mail + (turn % 2 * B + b) * PROGRAMS * BEST + slot)
+            bound = tl.max(tl.where(slot % BEST == BEST - 1, key, 0), 0)
+            real = key > 0  # 0: an empty slot
+            candidate = tl.where(real, 0x7FFFFFFF - (key & 0x7FFFFFFF), 0)
+            distance = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            px, py, pz = _point(cloud, candidate)
+            largest = tl.max(key, 0)
+            while (largest >= bound) & (i < m):
+                far = (0x7FFFFFFF - (largest & 0x7FFFFFFF)).to(tl.int32)
+                if g == 0:
+                    tl.store(index + b * m + i, far.to(tl.int64))
+                cx, cy, cz = _point(cloud, far)
+                near = tl.minimum(near, _square(x - cx, y - cy, z - cz))
+                distance = tl.minimum(distance, _square(px - cx, py - cy, pz - cz))
+                largest = tl.max(tl.where(real, _key(distance, candidate), 0), 0)
+                i += 1
+            tl.store(nearest + b * N + n, near, n < length)
+            key = tl.where(n < length, _key(near, n), 0)
+            written = mail + (((turn + 1) % 2 * B + b) * PROGRAMS + g) * BEST
+            for j in range(BEST):
+                largest = tl.max(key, 0)
+                tl.store(written + j, largest)
+                key = tl.where(key == largest, 0, key)
+        if g == 0:
+            tl.store(done + (turn + 1).to(tl.int64) * B + b, i)
+
+    @triton.jit(do_not_specialize=["N", "m", "B", "turn"])
+    def _fps_rest(xyz, lengths, nearest, done, index, N, m, B, turn, BLOCK: tl.constexpr):
+        # the samples that the rounds have left: one program per cloud, which it reads BLOCK points
+        # at a time for each of them. A thread always gets the same points: no barrier is needed
         b = tl.program_id(0).to(tl.int64)
         length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 1), N)
-        far = tl.minimum(tl.maximum(tl.load(start + b), 0), length - 1).to(tl.int32)
+        found = tl.load(done + turn.to(tl.int64) * B + b)
+        far = tl.load(index + b * m + found - 1).to(tl.int32)
         cloud = xyz + b * N * 3
-        for i in range(m):
-            tl.store(index + b * m + i, far.to(tl.int64))
+        for i in range(found, m):
             cx, cy, cz = _point(cloud, far)
             best = tl.full([BLOCK], -1.0, tl.float32)  # largest distance of each lane
             best_index = tl.zeros([BLOCK], tl.int32)
@@ -198,122 +258,56 @@ if triton:
                 best_index = tl.where(d > best, n, best_index)  # >: a tie keeps the lower index
                 best = tl.maximum(best, d)
             far = tl.min(tl.where(best == tl.max(best, 0), best_index, 0x7FFFFFFF), 0)
-
-    @triton.jit
-    def _key(distance, n):  # one int64 that sorts by distance, ties by descending index
-        return (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - n)
-
-    @triton.jit(do_not_specialize=["N", "m", "first"])
-    def _fps_together(xyz, start, lengths, mail, index, N, m, first,
-                      PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, BEST: tl.constexpr):
-        # PROGRAMS programs share one cloud, each holds BLOCK of its points in registers. In every
-        # round each program publishes the keys of its BEST farthest points in descending order and
-        # reads those of all programs. The key of any other point is at most `bound`, the largest of
-        # the last keys, and keys only decrease. So every program runs FPS on the published points
-        # alone; while the farthest of them reaches `bound`, it is the farthest of the whole cloud.
-        # A round yields at least one sample, typically dozens (kaolin does the same with one
-        # sorted list).
-        #
-        # Programs exchange 8-byte words only, each valid on its own, so memory order does not
-        # matter. A key leaves the sign bit free: it flips with each use of a buffer, which marks a
-        # word as new; buffers begin as zeros. Two buffers are enough: a program that writes the
-        # next round has read this round from all programs, which had then finished the one before.
-        g = tl.program_id(0)
-        b = (first + tl.program_id(1)).to(tl.int64)
-        length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 1), N)
-        far = tl.minimum(tl.maximum(tl.load(start + b), 0), length - 1).to(tl.int32)
-        n = tl.arange(0, BLOCK) * PROGRAMS + g  # strided: a region is shared by all programs
-        cloud = xyz + b * N * 3
-        x = tl.load(cloud + n * 3, n < length, 0.0)
-        y = tl.load(cloud + n * 3 + 1, n < length, 0.0)
-        z = tl.load(cloud + n * 3 + 2, n < length, 0.0)
-        cx, cy, cz = _point(cloud, far)
-        nearest = tl.minimum(_square(x - cx, y - cy, z - cz), float("inf"))  # never NaN
-        if g == 0:
-            tl.store(index + b * m, far.to(tl.int64))
-        slot = tl.arange(0, PROGRAMS * BEST)
-        i = 1
-        rounds = tl.full([], 0, tl.int64)
-        while i < m:
-            buffer = mail + (b * 2 + rounds % 2) * PROGRAMS * BEST
-            sign = (1 - rounds // 2 % 2) << 63
-            key = tl.where(n < length, _key(nearest, n), 0)  # 0: padding
-            for j in range(BEST):
-                largest = tl.max(key, 0)
-                tl.atomic_xchg(buffer + g * BEST + j, largest ^ sign, sem="relaxed", scope="gpu")
-                key = tl.where(key == largest, 0, key)
-            key = tl.load(buffer + slot, volatile=True) ^ sign
-            while tl.min(key, 0) < 0:  # a program has not written its keys yet
-                key = tl.load(buffer + slot, volatile=True) ^ sign
-            bound = tl.max(tl.where(slot % BEST == BEST - 1, key, 0), 0)
-            real = key > 0
-            candidate = tl.where(real, 0x7FFFFFFF - (key & 0x7FFFFFFF), 0)
-            distance = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-            px, py, pz = _point(cloud, candidate)
-            largest = tl.max(key, 0)
-            while (largest >= bound) & (i < m):
-                far = (0x7FFFFFFF - (largest & 0x7FFFFFFF)).to(tl.int32)
-                if g == 0:
-                    tl.store(index + b * m + i, far.to(tl.int64))
-                cx, cy, cz = _point(cloud, far)
-                nearest = tl.minimum(nearest, _square(x - cx, y - cy, z - cz))
-                distance = tl.minimum(distance, _square(px - cx, py - cy, pz - cz))
-                largest = tl.max(tl.where(real, _key(distance, candidate), 0), 0)
-                i += 1
-            rounds += 1
+            tl.store(index + b * m + i, far.to(tl.int64))
 
 
 def shares(N):
-    """Launch configuration of `_fps_together` for clouds of N points. Not tuned yet.
+    """How a cloud of N points is divided: programs, points of each, keys of each.
 
-    PROGRAMS * BEST is at least 256, the threads of a program: with fewer words two threads would
-    load the same one, which could look old to one of them and new to the other.
+    The fastest on an H100 whose rounds suffice: a list of 256 keys in all, twice that from 65,537
+    points on. Fewer keys cost less in each step, but more rounds: with half of them, 2,048 samples
+    of a room take 59 of the 61 rounds that `fps_triton` plans.
     """
-    programs = max(16, triton.next_power_of_2(triton.cdiv(N, 4096)))
+    programs = 16 if N <= 2 ** 16 else max(64, triton.next_power_of_2(triton.cdiv(N, 4096)))
     block = triton.next_power_of_2(max(256, triton.cdiv(N, programs)))
-    return dict(PROGRAMS=programs, BLOCK=block, BEST=max(2, min(16, 512 // programs)), num_warps=8)
+    best = max(2, min(16, 512 // programs))
+    return dict(PROGRAMS=programs, BLOCK=block, BEST=best, num_warps=4 if block <= 2048 else 8)
 
 
-def seats(xyz):
-    """How many programs are resident at once and can synchronise: one per multiprocessor.
+def fps_rounds(xyz, m, start, lengths, share, rounds, streamed=STREAMED):
+    """`fps_torch` in `rounds` launches of `_fps_round`, what is then missing by `_fps_rest`.
 
-    The interpreter runs one program after the other; triton 3.2 has no cooperative launch: none.
+    Everything is queued without waiting for the device, so the number of rounds is fixed before.
     """
-    if xyz.is_cuda and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):
-        return torch.cuda.get_device_properties(xyz.device).multi_processor_count
-    return 0 if xyz.is_cuda else 1
-
-
-def fps_triton(xyz, m, start, lengths, in_registers=IN_REGISTERS, share=None, streamed=STREAMED):
     B, N, _ = xyz.shape
     index = torch.empty(B, m, dtype=torch.int64, device=xyz.device)
-    with torch.cuda.device_of(xyz):  # Triton launches on the current device
-        for block, warps in in_registers:
-            if N <= block:
-                _fps_registers[(B,)](xyz, start, lengths, index, N, m, BLOCK=block,
-                                     num_warps=warps, enable_fp_fusion=False)
-                return index
-        share = share or shares(N)
-        at_once = seats(xyz) // share["PROGRAMS"]  # clouds per launch
-        if at_once:
-            mail = torch.zeros(B, 2, share["PROGRAMS"], share["BEST"], dtype=torch.int64,
-                               device=xyz.device)
-            cooperative = dict(launch_cooperative_grid=True) if xyz.is_cuda else {}
-            for first in range(0, B, at_once):  # all programs must be resident
-                _fps_together[(share["PROGRAMS"], min(at_once, B - first))](
-                    xyz, start, lengths, mail, index, N, m, first, **share, **cooperative,
-                    enable_fp_fusion=False)
-            return index
-        nearest = torch.full((B, N), float("inf"), device=xyz.device)
-        block, warps = streamed
-        _fps_stream[(B,)](xyz, start, lengths, nearest, index, N, m, BLOCK=block,
-                          num_warps=warps, enable_fp_fusion=False)
+    nearest = torch.full((B, N), float("inf"), device=xyz.device)
+    done = torch.zeros(rounds + 1, B, dtype=torch.int32, device=xyz.device)
+    mail = torch.zeros(2, B, share["PROGRAMS"], share["BEST"], dtype=torch.int64,
+                       device=xyz.device)
+    far = torch.minimum(start.long().clamp(min=0), lengths.long().clamp(1, N) - 1)
+    mail[0, :, 0, -1] = (0x7F800000 << 32) + 0x7FFFFFFF - far  # first list: `start`, at infinity
+    for turn in range(rounds):
+        _fps_round[(share["PROGRAMS"], B)](xyz, lengths, nearest, mail, done, index, N, m, B, turn,
+                                           **share, enable_fp_fusion=False)
+    block, warps = streamed
+    _fps_rest[(B,)](xyz, lengths, nearest, done, index, N, m, B, rounds, BLOCK=block,
+                    num_warps=warps, enable_fp_fusion=False)
     return index
 
 
-def use_triton(tensor):
-    """Triton runs on CUDA tensors; with TRITON_INTERPRET=1 its interpreter runs on the CPU, too."""
-    return triton is not None and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+def fps_triton(xyz, m, start, lengths, in_registers=IN_REGISTERS):
+    B, N, _ = xyz.shape
+    with torch.cuda.device_of(xyz):  # Triton launches on the current device
+        for block, warps in in_registers:
+            if N <= block:
+                index = torch.empty(B, m, dtype=torch.int64, device=xyz.device)
+                _fps_registers[(B,)](xyz, start, lengths, index, N, m, BLOCK=block,
+                                     num_warps=warps, enable_fp_fusion=False)
+                return index
+        # rooms, lidar frames and lattices need 0.7 to 1.1 sqrt(m) rounds, a cloud whose points
+        # are repeated more
+        return fps_rounds(xyz, m, start, lengths, shares(N), min(m, 16 + math.isqrt(m)))
 
 
 @torch.library.custom_op("nanoepcl::farthest_point_sample", mutates_args=())
@@ -335,7 +329,8 @@ def _operator(xyz: torch.Tensor, m: int, start: torch.Tensor, lengths: torch.Ten
     if B == 0:
         return torch.empty(0, m, dtype=torch.int64, device=xyz.device)
     if use_triton(xyz):
-        return fps_triton(xyz, m, start, lengths)
+        return launch("farthest_point_sample", xyz, lambda: fps_triton(xyz, m, start, lengths),
+                      lambda: fps_torch(xyz, m, start, lengths))
     if numba and xyz.device.type == "cpu":
         return fps_boxes(xyz, m, start, lengths)
     return fps_torch(xyz, m, start, lengths)
@@ -413,6 +408,8 @@ def main():
             if xyz.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
+        if failed:
+            sys.exit(1)  # why has been printed
         full = torch.full((B,), N, device=device)
         expected = fps_torch(xyz, m, 0 * full, full) if use_triton(xyz) else _brute_force(xyz, m)
         index, expected = index.cpu(), expected.cpu()

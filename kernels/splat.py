@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 if __package__:
-    from .knn import use_triton
+    from .launch import failed, launch, use_triton
 else:  # run as a script
-    from knn import use_triton
+    from launch import failed, launch, use_triton
 
 try:
     import triton
@@ -175,7 +175,7 @@ if triton:
 
 
 def blocks(width):
-    """Block sizes for squares of so many columns: 512 places for 128 threads. Not tuned yet."""
+    """Block sizes for squares of so many columns: 512 places for 128 threads."""
     columns = max(4, min(32, triton.next_power_of_2(width)))
     return dict(BLOCK_N=512 // columns, BLOCK_W=columns, num_warps=4)
 
@@ -210,7 +210,8 @@ def _operator(xyz: torch.Tensor, H: int, W: int, radius: float,
         return (torch.full((len(xyz), H, W), -1, device=xyz.device),
                 torch.full((len(xyz), H, W), float("inf"), device=xyz.device))
     if use_triton(xyz):
-        return splat_triton(xyz, H, W, radius)
+        return launch("splat", xyz, lambda: splat_triton(xyz, H, W, radius),
+                      lambda: splat_torch(xyz, H, W, radius))
     if numba and xyz.device.type == "cpu":
         return splat_loop(xyz, H, W, radius)
     return splat_torch(xyz, H, W, radius)
@@ -280,6 +281,8 @@ def main():
             if xyz.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
+        if failed:
+            sys.exit(1)  # why has been printed
         reference = "torch" if use_triton(xyz) else "brute force"
         expected = (splat_torch if use_triton(xyz) else _brute_force)(xyz, H, W, radius)
         wrong = ((index != expected[0]) | (depth != expected[1])).nonzero().tolist()

@@ -22,7 +22,7 @@ TASKS = ["cls", "fewshot", "det", "seg"]
 PARTS = {"FPS", "KNN", "data", "tokenizer", "frozen forward", "backward", "head", "optimiser"}
 MORE_PARTS = {"det": {"matching"}, "seg": {"interpolation"}}
 FILES = [importlib.import_module(f"kernels.{name}")
-         for name in ("fps", "knn", "interpolate", "splat")]
+         for name in ("fps", "knn", "ball_query", "interpolate", "splat")]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,6 +42,7 @@ def small(monkeypatch, folder):
     monkeypatch.setattr(bench, "OUT", folder / "bench.jsonl")
     monkeypatch.setattr(bench, "FPS", [(2, 200, 9)])
     monkeypatch.setattr(bench, "KNN", [(2, 30, 200, 5), (1, 900, 900, 4), (1, 3000, 50, 3)])
+    monkeypatch.setattr(bench, "BALL", [(2, 30, 900, 0.4, 8)])
     monkeypatch.setattr(bench, "INTERPOLATE", [(2, 300, 20, 8, torch.float32)])
     monkeypatch.setattr(bench, "GROUP", [(2, 90, 10, 4, 3)])
     monkeypatch.setattr(bench, "SPLAT", [(2, 90, 20, 30, 1.5)])
@@ -74,15 +75,16 @@ def test_kernels_are_timed_beside_their_peers_and_agree(quick, capsys):
     for line in timed:
         who.setdefault(line["workload"], {})[line["contender"]] = line
         assert line["ms"] > 0 and line["torch"] == torch.__version__
-        trees = line["workload"].startswith(("FPS", "KNN"))     # they have no floor on a CPU
-        assert (line["floor_ms"] is None) == trees
-    assert len(who) == 7 and all("ours" in contenders for contenders in who.values())
+        search = line["workload"].startswith(("FPS", "KNN", "ball"))    # no floor on a CPU
+        assert (line["floor_ms"] is None) == search
+    assert len(who) == 8 and all("ours" in contenders for contenders in who.values())
     assert who["KNN 1 x (900 of 900), k = 4"]["cKDTree"]["same"] > .99      # its ties may differ
     assert all(c["torch"]["same"] == 1 for name, c in who.items() if "torch" in c)
     bench.main(["table"])
     printed = capsys.readouterr().out
     assert "| FPS 2 x 200 -> 9 |" in printed and printed.count("| interpolation") == 1
     assert printed.count("| grouping") == 1
+    assert "| ball query 2 x (30 of 900), 0.4 m, k = 8 |" in printed
     assert "| splat 2 x 90 points at 20 x 30, r = 1.5 |" in printed
 
 
@@ -172,7 +174,7 @@ def test_seconds_go_to_the_innermost_part_and_add_up_to_the_step():
         step()
         took.append(time.perf_counter() - begin)
 
-    seconds = bench.parts_of(timed_step, torch.device("cpu"))
+    seconds = bench.parts_of(timed_step, torch.device("cpu"), None)
     expected = {"data": .02, "head": .04, "tokenizer": .06, "KNN": .05, "frozen forward": .04,
                 "backward": .07, "interpolation": .02, "the rest": .03}
     assert seconds.keys() == expected.keys()
