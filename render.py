@@ -240,7 +240,8 @@ class Cell(NamedTuple):
 def sheet(cells, columns, title="", legend=()):
     """Pictures of one size in rows of `columns`, with captions -> (H, W, 3) uint8.
 
-    title: lines above them; legend: (name, colour) below.
+    title: lines above them; legend: (name, colour) below. Pillow's font has Latin letters alone,
+    others become boxes.
     """
     font = ImageFont.load_default(TEXT)
     H, W, _ = cells[0].picture.shape

@@ -622,8 +622,9 @@ def picture(scenes, detections, most=2):
         drawn = render.draw_points(scene.xyz[shown], camera, 420, 420)
         for boxes, colour in ((scene.boxes, GREEN), (found, RED)):
             drawn = render.draw_boxes(drawn, boxes, camera, colour)
-        cells.append(render.Cell(drawn, f"{scene.name}: {len(scene.boxes)} true boxes in green, in "
-                                 f"red {len(found)}\ndetected with a score of at least {LEAST_SCORE}"))
+        true = f"{len(scene.boxes)} true boxes in green, " if len(scene.boxes) else ""
+        cells.append(render.Cell(drawn, f"{scene.name}: {true}in red {len(found)} detected\nwith a "
+                                 f"score of at least {LEAST_SCORE}"))
     return render.sheet(cells, columns=len(cells))
 
 

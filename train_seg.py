@@ -394,22 +394,25 @@ def write_labels(folder, room, predicted):
 
 
 def picture(labelled, classes):
-    """look.png: rooms from above in their colours, as labelled, as predicted, and what is wrong."""
-    cells, grey, names = [], np.array([205, 205, 205], np.uint8), range(len(classes))
+    """look.png: rooms from above in their colours, as predicted and, where there are labels, as
+    labelled, and what is wrong."""
+    cells, grey = [], np.array([205, 205, 205], np.uint8)
+    some = any((room.label != IGNORE).any() for room, _ in labelled)
     for room, predicted in labelled:
         shown, camera = render.into_room(room.xyz)
         label, known = room.label.numpy()[:, None], (room.label != IGNORE).numpy()[:, None]
         wrong = known & (predicted.numpy()[:, None] != label)
-        views = {"in its colours": room.rgb.numpy() if room.rgb.any() else None,
-                 "truth": np.where(known, colour(label[:, 0]), grey),
-                 "predicted": colour(predicted.numpy()),
-                 f"{100 * wrong.sum() / max(known.sum(), 1):.0f} % of points wrong":
-                     np.where(wrong, np.uint8(render.RED), grey)}
-        for what, rgb in views.items():
+        views = [("in its colours", room.rgb.numpy() if room.rgb.any() else None),
+                 ("truth", np.where(known, colour(label[:, 0]), grey)),
+                 ("predicted", colour(predicted.numpy())),
+                 (f"{100 * wrong.sum() / max(known.sum(), 1):.0f} % of points wrong",
+                  np.where(wrong, np.uint8(render.RED), grey))]
+        for what, rgb in views if some else views[::2]:
             rgb = None if rgb is None else rgb[shown.numpy()]
             cells.append(render.Cell(render.draw_points(room.xyz[shown], camera, 280, 280, rgb),
                                      f"{room.name}, {what}"))
-    return render.sheet(cells, columns=4, legend=[(classes[k], colour(k)) for k in names])
+    legend = [(name, colour(k)) for k, name in enumerate(classes)]
+    return render.sheet(cells, columns=4 if some else 2, legend=legend)
 
 
 # ---- Train ---------------------------------------------------------------------------------------

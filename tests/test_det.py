@@ -417,8 +417,10 @@ def test_the_picture_shows_true_boxes_green_and_sure_detections_red(rooms, monke
     none = Detections(np.zeros((0, 6)), np.zeros((0, 8)))
     det.picture([scene, scene, scene], [sure, none, none])
     (one, other), = drawn                                   # two at most
-    assert one.caption == (f"room: {k} true boxes in green, in red 1\n"
-                           "detected with a score of at least 0.3")
+    assert one.caption == (f"room: {k} true boxes in green, in red 1 detected\n"
+                           "with a score of at least 0.3")
+    det.picture([EMPTY], [none])
+    assert drawn[1][0].caption.startswith("empty: in red 0 detected\n")
     for cell, red in ((one, True), (other, False)):
         rgb = cell.picture.astype(int)
         assert ((rgb - det.RED).__abs__().sum(2) < 60).any() == red
@@ -551,6 +553,7 @@ def test_boxes_for_scans_without_truth(small, monkeypatch, capsys, rooms):
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and printed[0].endswith("predicted/room000.ply, .json")
     folder = Path("runs/det-synthetic-1/predicted")
+    assert Image.open(folder / "look.png").width == 2 * (420 + 12)
     seen, found = (json.loads(Path(p, "room000.json").read_text()) for p in ("look", folder))
     assert found and [box["class"] for box in seen] == [box["class"] for box in found]
     for key in "center", "size", "score":                       # other batches round otherwise

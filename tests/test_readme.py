@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import bench
 import common
@@ -297,6 +298,14 @@ def test_every_file_named_in_the_map_exists_and_has_about_that_many_lines():
     for name, count in rows:
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
         assert abs(len(lines) - int(count)) <= 25, f"{name}: {len(lines)}, not {count}"
+
+
+def test_every_picture_of_the_pages_is_there_and_small():
+    found = [ROOT / ("docs" if i else "") / name for i, page in enumerate(PAGES)
+             for name in re.findall(r"!\[[^]]+\]\((\S+)\)", page)]
+    assert len(found) >= 4
+    for path in found:
+        assert Image.open(path).width > 600 and path.stat().st_size < 150_000, path
 
 
 FORK = README.split("\n## Fork it\n")[1].split("\n## ")[0]

@@ -371,6 +371,10 @@ def test_the_picture_shows_a_room_as_it_is_labelled_as_predicted_and_what_is_wro
     for cell, rgb in zip(cells, (room.rgb, colours, seg.colour(predicted), errors)):
         assert (cell.picture == drawing(rgb[shown])).all()
     assert (cells[4].picture == drawing(None)).all()                # by depth, not black
+    seg.picture([(room._replace(label=0 * label - 1), predicted)], ROOM_CLASSES)
+    cells, more = drawn[1]
+    assert [cell.caption for cell in cells] == ["room, in its colours", "room, predicted"]
+    assert more["columns"] == 2
 
 
 def test_the_decoders_interpolation_is_exact_on_a_linear_field():
@@ -478,6 +482,7 @@ def test_a_run_evaluates_resumes_repeats_and_predicts(small, monkeypatch, capsys
     Path("cut.ply").write_bytes(Path("scan2.ply").read_bytes()[:-9])
     with pytest.raises(InputError, match="cut.ply: cut short.*; repair it$"):   # nothing to skip
         seg.main(["--eval", str(whole), "--predict", "cut.ply"])
+    assert Image.open(whole / "predicted/look.png").width == 2 * (280 + 12)
     labels = np.load(whole / "predicted/scan2.npy")
     assert labels.shape == (1500,) and labels.min() >= 0 and labels.max() < 13
     table, _ = read_ply((whole / "predicted/scan2.ply").read_bytes())
