@@ -25,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import farthest_point_sample, knn
+from kernels import farthest_point_sample, group, knn, use_triton
 from run import InputError, all_reduce, load_weights, rank, world_size
 
 # ---- 1. Point tokenizer --------------------------------------------------------------------------
 def gather(values, idx):
     """Rows of each cloud: values (B, N, C), idx (B, ...) -> (B, ..., C)."""
+    if values.requires_grad and use_triton(values):     # there torch's gradient is not repeatable
+        return group(values, idx)
     rows = idx.flatten(1)[..., None].expand(-1, -1, values.shape[-1])
     return values.gather(1, rows).view(*idx.shape, values.shape[-1])
 
@@ -170,6 +172,7 @@ class FrozenCLIP(nn.Module):
         for part, value in parts.items():
             setattr(self, part, value)
         self.name, self.model, self.text, self.trainable = name, model, text, trainable
+        self.no_text = "has no text tower"                              # why, where text is None
         self.width = len(self.class_token)
         self.embed = self.width if self.proj is None else self.proj.shape[1]
         self.sha256 = fingerprint(self.named_parameters())
@@ -213,21 +216,69 @@ def fingerprint(named_tensors):
 
 
 CLIP_NAMES = ("openai, MODEL/TAG of open_clip (ViT-B-16/laion2b_s34b_b88k), ViT-B-32.pt as OpenAI "
-              "ships it, MODEL=FILE, timm:NAME=FILE; untrained: random, MODEL=random, "
-              "timm:NAME=random")
-RANDOM_WARNING = "warning  the transformer has RANDOM weights: these numbers say nothing about CLIP"
+              "ships it, MODEL=FILE, timm:NAME=FILE, nano (small, in this repository), nano=FILE; "
+              "untrained: random, MODEL=random, timm:NAME=random, nano=random; permuted within "
+              "each matrix: NAME=shuffled, for any NAME that has weights")
+WARNINGS = {
+    "random": "the transformer has RANDOM weights: these numbers say nothing about CLIP",
+    "shuffled": "the transformer has SHUFFLED weights: these numbers say nothing about CLIP",
+    "nano": "nano-CLIP is small and saw procedural objects: these numbers say nothing about CLIP"}
+
+
+def print_warning(run, name):
+    """What numbers with a --clip name are not worth, if anything."""
+    kind = re.split("[=:]", name)[-1]
+    kind = kind if kind in ("random", "shuffled") else name.split("=")[0]
+    if kind in WARNINGS:
+        run.print(f"warning  {WARNINGS[kind]}")
 
 
 def load_clip(name, seed=0, trainable=False):
-    """FrozenCLIP from a --clip name (`CLIP_NAMES`). `random` draws its weights from `seed` alone.
+    """FrozenCLIP from a --clip name (`CLIP_NAMES`). What is random or shuffled, is so by `seed`."""
+    base = name.removesuffix("=shuffled")
+    if base != name and base.endswith("random"):
+        raise InputError(f"--clip {name}: random weights are not worth a shuffle; pass {base}")
+    if base.startswith("timm:"):
+        vit, _, path = base[5:].partition("=")
+        model_name, parts, text = f"timm:{vit}", timm_parts(vit, path, seed), None
+    else:
+        of_nano = base == "nano" or base.startswith("nano=")
+        model_name, model, tokenizer = nano(base, seed) if of_nano else from_open_clip(base, seed)
+        parts = open_clip_parts(model.visual)
+        text = model.requires_grad_(False).encode_text, tokenizer
+    if name.endswith(("random", "shuffled")):
+        text = None                         # such a text tower knows no words
+    if name != base:
+        shuffle(parts, seed)
+    return FrozenCLIP(name, model_name, parts, text, trainable)
+
+
+def nano(name, seed):
+    """-> what is computed, the CLIP that train_clip.py made, or an untrained twin, its words."""
+    import nanoclip
+    path = name.removeprefix("nano").removeprefix("=")
+    return "nano", *nanoclip.load(path if path not in ("", "random") else None,
+                                  seed if path == "random" else None)
+
+
+@torch.no_grad()
+def shuffle(parts, seed):
+    """Permute the weights within each matrix: the same sizes and norms, and no knowledge."""
+    draw = torch.Generator().manual_seed(seed)
+    for part in parts.values():
+        for weight in part.parameters() if isinstance(part, nn.Module) else [part]:
+            if weight is not None and weight.ndim > 1:
+                order = torch.randperm(weight.numel(), generator=draw)
+                weight.copy_(weight.flatten()[order].view_as(weight))
+
+
+def from_open_clip(name, seed):
+    """-> name of the model, open_clip's CLIP, its tokenizer.
 
     OpenAI trained with QuickGELU, x * sigmoid(1.702 x). In a model with exact GELU the same weights
     load without a word and every block computes something else; hence "-quickgelu", and hence a
     bare file, which does not say, is only taken in the form in which OpenAI ships it.
     """
-    if name.startswith("timm:"):
-        vit, _, path = name[5:].partition("=")
-        return FrozenCLIP(name, f"timm:{vit}", timm_parts(vit, path, seed), None, trainable)
     model_name, tag, state = "ViT-B-32-quickgelu", None, None
     if name == "openai":
         tag = "openai"
@@ -247,14 +298,10 @@ def load_clip(name, seed=0, trainable=False):
         model_name, tag = name.split("/", 1)
     elif name != "random":
         raise InputError(f"--clip {name}: not a name this program knows; give {CLIP_NAMES}")
-
     model, tokenizer = open_clip_model(model_name, tag, seed)
     if state is not None:
         load_weights(model, state, OPEN_CLIP_USED, f"--clip {name}: its weights", model_name)
-    text = None
-    if not name.endswith("random"):         # an untrained text tower knows no words
-        text = model.requires_grad_(False).encode_text, tokenizer
-    return FrozenCLIP(name, model_name, open_clip_parts(model.visual), text, trainable)
+    return model_name, model, tokenizer
 
 
 OPENAI_MODELS = {           # by the shape of the patch embedding, (D, 3, P, P)
@@ -456,8 +503,8 @@ def print_model(run, model, clip, what=""):
         encoder = f"{clip.name}, {'trained, too' if clip.trainable else 'frozen'}"
     run.print(f"model    {trained:,} weights trained, {frozen:,} frozen; {what}transformer "
               f"{encoder}")
-    if clip.name.endswith("random") and model.encoder.transformer:
-        run.print(RANDOM_WARNING)
+    if model.encoder.transformer:
+        print_warning(run, clip.name)
 
 
 # ---- 5. The head that names an object, and its loss ----------------------------------------------
@@ -494,8 +541,13 @@ class Classifier(nn.Module):
 
 
 def prompt_features(clip, classes):
-    """CLIP's text features of the class names (C, 512); None without a text tower."""
-    text = clip.text_features([PROMPT.format(name.replace("_", " ")) for name in classes])
+    """CLIP's text features of the class names (C, 512); None without a text tower, or if nano-CLIP
+    does not know a word."""
+    try:
+        text = clip.text_features([PROMPT.format(name.replace("_", " ")) for name in classes])
+    except LookupError as error:            # nanoclip.UnknownWords
+        clip.no_text = f"DOES NOT KNOW the words {error}"
+        return None
     if text is not None and text.shape[1] != 512:
         raise InputError(f"--clip {clip.name}: text features have {text.shape[1]} numbers, the "
                          "embedding of the head has 512; pass --text-loss off")

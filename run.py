@@ -60,25 +60,31 @@ def recipe_parser(doc, recipes):
     return parser
 
 
-def shared_flags(parser, clip_names):
-    """The flags that mean the same in every script. What is not given comes from the recipe."""
+def shared_flags(parser, clip_names=None):
+    """The flags that mean the same in every script. What is not given comes from the recipe.
+
+    clip_names: what --clip may name; None: a script that trains no EPCL has none of EPCL's flags.
+    """
     flag = parser.add_argument
     flag("--root", metavar="DIR", help="the data as its owners publish it (default: data/<name>)")
-    flag("--clip", metavar="NAME", help=f"frozen weights: {clip_names} (default: openai; for "
-                                        "synthetic data: random)")
     flag("--out", metavar="DIR", help="run folder (default: runs/<task>-<data>-<n>)")
     flag("--resume", metavar="RUN", help="go on with an interrupted run, to the same numbers")
     flag("--eval", metavar="RUN", help="evaluate a saved run, a folder or a .pt file, and stop")
     flag("--epochs", type=whole(1), metavar="N", help="passes over the training data")
-    flag("--batch-size", type=whole(1), metavar="B", help="clouds of a step, over all processes")
-    flag("--accumulate", type=whole(1), metavar="N", help="cut a batch into N parts: less memory")
+    flag("--batch-size", type=whole(1), metavar="B", help="samples of a step, over all processes")
     flag("--lr", type=float, help="highest learning rate")
-    flag("--dropout", type=float, metavar="P", help="before CLIP; 0 is off")
     flag("--seed", type=whole(0), metavar="N", help="decides every random number (default 0)")
     flag("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     flag("--precision", choices=["auto", "fp32", "bf16"], help="of the products (default auto)")
     flag("--compile", action="store_true", help="torch.compile: a slow first step, then faster")
     flag("--workers", type=whole(1), metavar="N", help="to prepare data (default: cores)")
+    if clip_names is None:
+        parser.set_defaults(clip=None, accumulate=None, **dict.fromkeys(ABLATIONS, False))
+        return
+    flag("--clip", metavar="NAME", help=f"frozen weights: {clip_names} (default: openai; for "
+                                        "synthetic data: random)")
+    flag("--accumulate", type=whole(1), metavar="N", help="cut a batch into N parts: less memory")
+    flag("--dropout", type=float, metavar="P", help="before CLIP; 0 is off")
     flag("--no-task-token", action="store_true", help="Table 6: without task tokens")
     flag("--unfreeze", action="store_true", help="Table 4: train CLIP's weights, too")
     flag("--deep-prompt", action="store_true", help="Table 8: fresh tokens in every block")
@@ -101,12 +107,12 @@ def with_flags(recipe, args):
     return recipe._replace(warmup=min(recipe.warmup, recipe.epochs / 10))
 
 
-def shared_settings(args, recipe, synthetic_clip):
+def shared_settings(args, recipe, synthetic_clip=None):
     """The config of a new run, as far as all scripts share it, checked."""
     data = args.data or "synthetic"
     if not 0 < recipe.lr < math.inf:
         raise InputError(f"--lr {recipe.lr} must be above 0, and a number")
-    if not 0 <= recipe.dropout < 1:
+    if not 0 <= getattr(recipe, "dropout", 0) < 1:
         raise InputError(f"--dropout {recipe.dropout} must be in 0..1")
     if data == "synthetic" and args.root:
         raise InputError(f"--root {args.root}: the built-in data has no files; add --data")
@@ -125,15 +131,23 @@ def shared_settings(args, recipe, synthetic_clip):
             **{name: getattr(args, name) for name in ABLATIONS}}
 
 
-def saved_settings(args, task):
-    """--resume or --eval: config, checkpoint, folder. Flags that contradict them are refused."""
+def saved_settings(args, task, other_data=False):
+    """--resume or --eval: config, checkpoint, folder. Flags that contradict them are refused.
+
+    other_data: --eval may name other --data; what the run was trained on is then `trained_on`.
+    """
     if args.resume and args.eval:
         raise InputError("--resume goes on with a run, --eval only looks at it; give one of them")
     path = Path(args.resume or args.eval)
     saved = load_checkpoint(path, task)
-    cfg = saved["config"]
+    cfg, other = saved["config"], []
+    if other_data and args.eval and args.data not in (None, cfg["data"]):
+        cfg.update(trained_on=cfg["data"], data=args.data, root=None)
+        other = ["test_area"]
+    if cfg["data"] == "synthetic" and args.root:
+        raise InputError(f"--root {args.root}: the built-in data has no files; add --data")
     free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export", "clip",
-            "official", "skip_broken"]      # weights are known by their hash: `check_frozen`
+            "official", "skip_broken", *other]      # weights are known by their hash: `check_frozen`
     free += ["precision", "batch_size", "scale"] if args.eval else ["compile"]
     for name, value in vars(args).items():
         was = cfg["recipe"].get(name, cfg.get(name))
@@ -552,7 +566,7 @@ def main_guard(main):
               file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:    # in a fork that took less along
-        if not str(error.name).startswith("data."):
+        if not str(error.name).startswith(("data.", "lamm", "nanoclip")):
             raise
         file = f"{error.name.replace('.', '/')}.py"
         print(f"error: {file} is missing; copy it from nanoEPCL, too", file=sys.stderr)

@@ -71,9 +71,9 @@ def load_data(cfg):
     """-> training and test Objects, scaled as the recipe says; class names; what was read."""
     recipe = Recipe(**cfg["recipe"])
     if cfg["data"] == "synthetic":
-        from data.synthetic import OBJECT_CLASSES, object_clouds
+        from data.synthetic_objects import OBJECT_CLASSES, object_clouds
         parts = [object_clouds(n, recipe.stored, seed) for seed, n in zip((1, 2), SYNTHETIC)]
-        classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic.py"
+        classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic_objects.py"
     else:
         path = objects.prepare(cfg["data"], cfg["root"], recipe.stored, cfg["workers"])
         if "split" not in cfg:
@@ -281,10 +281,10 @@ def main(argv=None):
         run.open(__file__, folder or args.out)
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     run.print(f"data     {cfg['data']}: {len(data.label):,} train, {len(test.label):,} test, "
-              f"{len(classes)} classes, {recipe.points} points; {form}")
+              f"{len(classes)} class{'es' * (len(classes) > 1)}, {recipe.points} points; {form}")
     common.print_model(run, model, clip)
     if cfg["text_loss"] != "off":
-        run.print(f"text     no text loss: {clip.name} has no text tower" if text is None else
+        run.print(f"text     no text loss: {clip.name} {clip.no_text}" if text is None else
                   f"text     {len(text)} prompts, {cfg['text_loss']} products")
     if not args.eval:
         with run.stopper:

@@ -31,7 +31,7 @@ from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather,
 from data import scannet
 from data.files import (BrokenFile, check_outputs, check_span, own_clouds, read_boxes, read_cloud,
                         usable_boxes, write_boxes)
-from kernels import farthest_point_sample, knn
+from kernels import ball_query, farthest_point_sample, knn
 from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows, rank,
                  recipe_parser, saved_settings, seed_of, shared_flags, shared_settings,
                  whole, with_flags, world_size)
@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
     tokens: int             # patches of a scene, G
     radius: float           # of a patch, metres
     neighbours: int         # points of a patch, K
-    source: int             # points that patches are drawn from
+    source: int             # points that the nearest are looked for among
     queries: int            # boxes that the decoder proposes
     content: str            # of a query at first: "zeros", or the "token" it stands on
     layers: int             # of the decoder
@@ -57,6 +57,9 @@ class Recipe(NamedTuple):
     head_dropout: float     # in the heads
     cuboid: bool            # train on random parts of a scene
     every: int              # epochs from one evaluation to the next
+    # defaults: of runs that were saved before there was a choice
+    fine: int = 0           # patches of a first level, where tokens are fewer
+    patches: str = "nearest"                # points of a patch, or the "first" within radius
 
 
 SCANNET = Recipe(
@@ -64,14 +67,15 @@ SCANNET = Recipe(
     source=40_000, queries=256, content="zeros", layers=8,              # paper takes:
     epochs=1080, warmup=9, batch_size=8, clip_norm=0.1, every=10,       # scripts/scannet_ep1080.sh
     decoder_dropout=0.1, head_dropout=0.3, cuboid=True,                 # the same
-    lr=3e-4, decay=0.04, dropout=0.3)                                   # paper 4.1 and supplement
+    lr=3e-4, decay=0.04, dropout=0.3,                                   # paper 4.1 and supplement
+    fine=2048, patches="first")                                         # its detector in LAMM
 RECIPES = {
     "scannet": SCANNET,
     "folder": SCANNET,
     # ours, sized for two CPU cores
     "synthetic": SCANNET._replace(
-        points=4096, tokens=192, radius=0.5, neighbours=32, source=1875, queries=96, layers=3,
-        content="token", epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5, dropout=0.0,
+        points=4096, tokens=192, fine=192, radius=0.5, neighbours=32, source=1875, queries=96,
+        layers=3, content="token", epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5, dropout=0.0,
         decoder_dropout=0.0, head_dropout=0.0, cuboid=False, every=4),
 }
 FINAL_LR = 5e-7             # supplement C
@@ -98,7 +102,7 @@ class Scene(NamedTuple):
 
 
 def load_scenes(cfg):
-    """-> train scenes, test scenes, class names, what was read."""
+    """-> train scenes, test scenes, class names, what was read. A saved run has its own classes."""
     if cfg["data"] == "synthetic":
         return load_synthetic(cfg["recipe"]["points"])
     root, own = Path(cfg["root"] or f"data/{cfg['data']}"), cfg["data"] == "folder"
@@ -117,25 +121,26 @@ def load_scenes(cfg):
                 if not cfg["skip_broken"]:
                     raise
                 notes.append(f"LEFT OUT {error}")
-    classes = tuple(names.values())
+    classes = list(names.values())
     if own:
-        classes = tuple(sorted({kind for _, _, kinds in parts[0] for kind in kinds}))
-        if not classes:
-            raise InputError(f"{root / 'train'}: no scene has a box; there is nothing to learn")
+        classes = sorted({kind for _, _, kinds in parts[0] for kind in kinds})
+    classes = cfg.get("classes", classes)
+    if not classes:
+        raise InputError(f"{root / 'train'}: no scene has a box; there is nothing to learn")
     for part in parts:
         part[:] = [labelled(*found, classes) for found in part]
-    return *parts, classes, "; ".join([form, *notes])
+    return *parts, tuple(classes), "; ".join([form, *notes])
 
 
 def load_synthetic(points):
-    from data.synthetic import FURNITURE, room_scenes
+    from data.synthetic_rooms import FURNITURE, room_scenes
     parts = [[], []]
     for part, seed, count in zip(parts, (1, 2), SYNTHETIC):
         for i, room in enumerate(room_scenes(count, 2 * points, seed)):
             boxes = np.concatenate([room["center"], room["size"]], 1)
             arrays = map(torch.from_numpy, (room["xyz"], boxes, room["label"]))
             part.append(Scene(f"room{i:03d}", *arrays))
-    return *parts, FURNITURE, "procedural rooms of data/synthetic.py"
+    return *parts, FURNITURE, "procedural rooms of data/synthetic_rooms.py"
 
 
 def read_scene(path, names, own, notes):
@@ -178,8 +183,9 @@ def labelled(path, scene, kinds, classes):
     """The scene with the number of each box's class."""
     for kind in kinds:
         if kind not in classes:
-            raise InputError(f"{path.with_suffix('.json')}: the class {kind!r} does not occur in "
-                             "the training scenes; correct the name or add training scenes")
+            raise InputError(f"{path.with_suffix('.json')}: the class {kind!r} is none of those "
+                             f"to learn ({', '.join(classes)[:100]}); correct the name, or train "
+                             "on scenes that have it")
     label = torch.tensor([classes.index(kind) for kind in kinds], dtype=torch.int64)
     return scene._replace(label=label)
 
@@ -275,27 +281,47 @@ class SetAbstraction(nn.Module):
     """3DETR's tokenizer: points (B, N, 3) -> tokens (B, G, D), centers (B, G, 3).
 
     The paper says "the same as for classification", but its detector in LAMM has this one. A patch
-    is the K nearest points within `radius`, the nearest one repeated where there are fewer; the
-    release takes the first K in file order. Its 2048 * 64 points are the cloud 3.3 times over; with
-    fewer tokens or neighbours, patches are drawn from `source` points: they overlap as much.
+    is the first K points within `radius`, whose order is random; where there are fewer, the first
+    is repeated. before: a tokenizer whose centres and tokens (B, F, C) take the place of points.
+    source: instead, the K nearest within `radius` among so many points, which set their reach.
     """
 
-    def __init__(self, tokens, radius, neighbours, source, width):
+    def __init__(self, tokens, radius, neighbours, widths, before=None, source=0):
         super().__init__()
         self.tokens, self.radius = tokens, radius
         self.neighbours, self.source = neighbours, source
-        self.mlp = layers(3, 64, 128, width)
+        self.before, self.mlp = before, layers(*widths)
+        for weight in self.mlp.parameters():
+            if weight.ndim > 1:
+                nn.init.kaiming_normal_(weight)                         # as 3DETR
 
     def forward(self, points):
-        xyz = points[..., :3].contiguous()                              # (B, N, 3)
+        xyz, values = points[..., :3].contiguous(), None                # (B, N, 3)
+        if self.before is not None:
+            values, xyz = self.before(points)                           # (B, F, C), (B, F, 3)
         centers = gather(xyz, farthest_point_sample(xyz, self.tokens))  # (B, G, 3)
-        source = xyz                                                    # their order is random
-        if self.source < xyz.shape[1]:
-            source = torch.cat([centers, xyz[:, :self.source]], 1)
-        dist2, idx = knn(centers, source, self.neighbours)              # (B, G, K)
-        idx = torch.where(dist2 <= self.radius ** 2, idx, idx[..., :1])
-        offset = (gather(source, idx) - centers[:, :, None]) / self.radius      # (B, G, K, 3)
-        return self.mlp(offset).amax(2), centers                        # (B, G, D), (B, G, 3)
+        if self.source:
+            if self.source < xyz.shape[1]:
+                xyz = torch.cat([centers, xyz[:, :self.source]], 1)
+            dist2, idx = knn(centers, xyz, self.neighbours)             # (B, G, K)
+            idx = torch.where(dist2 <= self.radius ** 2, idx, idx[..., :1])
+        else:
+            idx = ball_query(centers, xyz, self.radius, self.neighbours)
+        x = (gather(xyz, idx) - centers[:, :, None]) / self.radius      # (B, G, K, 3)
+        if values is not None:
+            x = torch.cat([x, gather(values, idx)], -1)                 # (B, G, K, 3 + C)
+        return self.mlp(x).amax(2), centers                             # (B, G, D), (B, G, 3)
+
+
+def tokenizer_of(recipe, width):
+    """One level of patches or, as in LAMM, two: 1/8 of the tokens are 8 times as wide and full."""
+    r, wider = recipe, recipe.fine // recipe.tokens
+    if wider > 1:
+        fine = SetAbstraction(r.fine, r.radius, r.neighbours, (3, 64, 256))
+        return SetAbstraction(r.tokens, r.radius * wider, r.neighbours * wider, (259, 512, width),
+                              before=fine)
+    source = r.source if r.patches == "nearest" else 0
+    return SetAbstraction(r.tokens, r.radius, r.neighbours, (3, 64, 128, width), source=source)
 
 
 def layers(*widths, dropout=None):
@@ -347,7 +373,7 @@ class Detector(nn.Module):
         super().__init__()
         r = Recipe(**cfg["recipe"])
         self.queries, self.content = r.queries, r.content
-        self.tokenizer = SetAbstraction(r.tokens, r.radius, r.neighbours, r.source, clip.width)
+        self.tokenizer = tokenizer_of(r, clip.width)
         self.encoder = EPCLEncoder(clip, task_tokens=classes + 1, class_token=False,
                                    **encoder_options(cfg))
         self.project = layers(clip.width, clip.width, clip.width, width)
@@ -361,10 +387,9 @@ class Detector(nn.Module):
         self.heads = nn.ModuleDict({
             name: nn.Sequential(*layers(width, width, width, dropout=r.head_dropout),
                                 nn.Linear(width, n)) for name, n in outputs.items()})
-        for part in (self.decoder, self.heads, self.query_mlp):         # as 3DETR
-            for weight in part.parameters():
-                if weight.ndim > 1:
-                    nn.init.xavier_uniform_(weight)
+        for weight in self.decoder.parameters():        # as 3DETR; other parts keep torch's defaults
+            if weight.ndim > 1:
+                nn.init.xavier_uniform_(weight)
 
     def fourier_features(self, xyz, low, high):
         """Of the place within the scene: (B, Q, 3) -> (B, Q, 256). Never in bf16: too coarse."""
@@ -698,7 +723,7 @@ def main(argv=None):
         raise InputError(f"{form}: {len(scenes)} scenes to train, {len(test)} to test; it takes "
                          "both")
     if saved and list(classes) != cfg["classes"]:
-        raise InputError(f"{form}: has other classes than the run: {' '.join(classes)[:200]}")
+        raise InputError(f"{form}: has other classes than the run: {', '.join(classes)[:200]}")
     cfg["classes"] = list(classes)
     clip, model = build(cfg, saved, setup)
     recipe = Recipe(**cfg["recipe"])
@@ -709,9 +734,14 @@ def main(argv=None):
     repeats = f"; {short} scenes have fewer points and repeat some" if short else ""
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     run.print(f"data     {cfg['data']}: {len(scenes):,} train, {len(test):,} test scenes, "
-              f"{len(classes)} classes, {recipe.points:,} points; {form}{repeats}")
+              f"{len(classes)} class{'es' * (len(classes) > 1)}, {recipe.points:,} points; "
+              f"{form}{repeats}")
     common.print_model(run, model, clip, f"{recipe.tokens} tokens, {recipe.queries} queries, "
                                          f"{recipe.layers} layers; ")
+    if cfg.get("official") and not saved:
+        ap = mean_ap(evaluate(model, test, setup, recipe)[0])
+        run.print(f"released mAP@0.25 {100 * ap[0.25]:.2f} %, mAP@0.50 {100 * ap[0.5]:.2f} %, "
+                  "before any training here")
     if not args.eval:
         with run.stopper:
             train(model, scenes, test, run)
@@ -720,11 +750,14 @@ def main(argv=None):
     for line in table(result, classes, test):
         run.print(line)
     at, ap, train_scenes = run.at, mean_ap(result), scenes[:len(test)]
-    seen = mean_ap(evaluate(model, train_scenes, setup, recipe)[0])
+    of_run = f" of a run on {cfg.get('trained_on')}"
+    if "trained_on" not in cfg:
+        seen = mean_ap(evaluate(model, train_scenes, setup, recipe)[0])
+        of_run = (f" (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']}; on "
+                  f"{len(train_scenes)} training scenes {100 * seen[0.25]:.2f} and "
+                  f"{100 * seen[0.5]:.2f})")
     run.print(f"result   mAP@0.25 {100 * ap[0.25]:.2f} %, mAP@0.50 {100 * ap[0.5]:.2f} %, epoch "
-              f"{at['epoch']} (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']}; "
-              f"on {len(train_scenes)} training scenes {100 * seen[0.25]:.2f} and "
-              f"{100 * seen[0.5]:.2f}); {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
+              f"{at['epoch']}{of_run}; {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
     if args.export and rank() == 0:
         export(args.export, test, found, classes)
         render.save(Path(args.export) / "look.png", picture(test, found))
@@ -756,12 +789,17 @@ def predict(args, folder, cfg, saved, setup):
 
 def build(cfg, saved, setup):
     """-> FrozenCLIP, model on the device."""
-    clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
+    weights = None
+    if cfg.get("official"):
+        from lamm import load_released
+        clip, weights = load_released(cfg["official"])
+    else:
+        clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     clip.text = None
     check_frozen(cfg, saved, clip)
     torch.manual_seed(seed_of(cfg["seed"]))
     model = Detector(clip, len(cfg["classes"]), cfg)
-    return clip, common.to_device(model, saved and saved["model"], setup)
+    return clip, common.to_device(model, saved["model"] if saved else weights, setup)
 
 
 def flags(argv):
@@ -769,7 +807,10 @@ def flags(argv):
     shared_flags(parser, CLIP_NAMES)
     flag = parser.add_argument
     flag("--points", type=whole(1), metavar="N", help="points of a scene")
-    flag("--tokens", type=whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048)")
+    flag("--tokens", type=whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048); "
+                                                      "fewer are cut from a finer level")
+    flag("--patches", choices=["first", "nearest"],
+         help="points of a patch: the first ones within the radius, as the release, or the nearest")
     flag("--queries", type=whole(1), metavar="Q", help="boxes proposed, at most --tokens")
     flag("--like", choices=RECIPES, help="take another row of the table: `synthetic` suits few "
                                          "scenes and no GPU")
@@ -777,6 +818,8 @@ def flags(argv):
          help="with --eval: detect in these scans (.ply, .npy, .npz)")
     flag("--export", metavar="DIR", help="write each test scene, or what --predict reads, with its "
                                          "boxes as .ply, detections as .json")
+    flag("--init-official", metavar="FILE", dest="official",
+         help="start from the detector that LAMM released")
     flag("--skip-broken", action="store_true",
          help="leave out scenes that cannot be read, and say so")
     return parser.parse_args(argv)
@@ -787,22 +830,27 @@ def settings(args):
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/det-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "det")
-        return {**cfg, "skip_broken": args.skip_broken}, saved, folder
+        cfg, saved, folder = saved_settings(args, "det", other_data=True)
+        official = args.official or (None if args.clip else cfg.get("official"))
+        return {**cfg, "skip_broken": args.skip_broken, "official": official}, saved, folder
     recipe = RECIPES[args.like or args.data or "synthetic"]
-    if args.tokens:                         # fewer tokens, wider patches: as much of the room
-        radius = round(recipe.radius * (recipe.tokens / args.tokens) ** 0.5, 4)
-        recipe = recipe._replace(radius=radius, queries=min(recipe.queries, args.tokens),
-                                 source=recipe.source * args.tokens // recipe.tokens)
+    if args.official:
+        from lamm import released_sizes
+        recipe = recipe._replace(**released_sizes(args))
     recipe = with_flags(recipe, args)
-    if not recipe.queries <= recipe.tokens <= recipe.points:
+    recipe = recipe._replace(queries=args.queries or min(recipe.queries, recipe.tokens))
+    fine = max(recipe.tokens, recipe.fine if recipe.fine >= 2 * recipe.tokens else 0)
+    if not recipe.queries <= recipe.tokens <= fine <= recipe.points:
         raise InputError(f"--queries {recipe.queries} must be at most --tokens {recipe.tokens}, "
-                         f"and that at most --points {recipe.points}")
+                         f"and the {fine} patches at most --points {recipe.points}")
+    if fine > recipe.tokens and recipe.patches == "nearest":
+        raise InputError("--patches nearest has one level of patches; leave --tokens out")
     if recipe.queries < MAX_BOXES:
         raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at "
                          "least that many")
     cfg = shared_settings(args, recipe, synthetic_clip="timm:vit_tiny_patch16_224=random")
-    return {**cfg, "like": args.like, "skip_broken": args.skip_broken}, None, None
+    return {**cfg, "like": args.like, "skip_broken": args.skip_broken,
+            "official": args.official}, None, None
 
 
 if __name__ == "__main__":

@@ -199,9 +199,9 @@ def load_data(cfg):
     """-> Data, scaled as the recipe says."""
     recipe = Recipe(**cfg["recipe"])
     if cfg["data"] == "synthetic":
-        from data.synthetic import OBJECT_CLASSES, object_clouds
+        from data.synthetic_objects import OBJECT_CLASSES, object_clouds
         parts = [object_clouds(n, recipe.stored, seed) for seed, n in zip((1, 2), SYNTHETIC)]
-        classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic.py"
+        classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic_objects.py"
     else:
         path = objects.prepare(cfg["data"], cfg["root"], recipe.stored, cfg["workers"])
         if "split" not in cfg:
@@ -339,6 +339,7 @@ class Encoders:
         clip = common.load_clip(cfg["clip"], cfg["seed"])
         self.name, self.model, self.sha256 = clip.name, clip.model, clip.sha256
         text = prompt_features(clip, classes) if cfg["text_loss"] != "off" else None
+        self.no_text = "" if cfg["text_loss"] == "off" else f": {clip.name} {clip.no_text}"
         self.text = None if text is None else text.to(setup.device)         # (C, 512)
         self.frozen, self.random, self.unfrozen = self.hold(clip), None, None
         if "random" in cfg["compare"]:
@@ -519,20 +520,21 @@ def describe(run, encoders, classes, form, after):
     tested = "the whole test set" if cfg["shots_all"] else f"{QUERIES} test clouds of each class"
     source = f"; from {cfg['folds']}" if cfg["folds"] else ""
     run.print(f"device   {run.setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    run.print(f"data     {cfg['data']}: {len(classes)} classes, {cfg['recipe']['points']} points; "
-              f"{form}")
+    run.print(f"data     {cfg['data']}: {len(classes)} class{'es' * (len(classes) > 1)}, "
+              f"{cfg['recipe']['points']} points; {form}")
     run.print(f"episodes {cfg['episodes']} of each of {names}, {tested}{source}")
     for way, shot in TABLE3 if cfg["table"] else ():
         why = f"there are {len(classes)} classes" if way > len(classes) else "there is no such fold"
         if [way, shot] not in cfg["settings"]:
             run.print(f"         {way}-way {shot}-shot is left out: {why}")
     text = f"text loss with {len(classes)} prompts, {cfg['text_loss']} products"
-    run.print(f"encoder  {encoders.name}; {'no text loss' if encoders.text is None else text}")
+    if encoders.text is None:
+        text = f"no text loss{encoders.no_text}"
+    run.print(f"encoder  {encoders.name}; {text}")
     for variant in cfg["compare"]:
         sizes = common.sizes(encoders.classifier(variant, cfg["settings"][0][0], [0]))
         run.print("model    {}: {:,} weights trained, {:,} frozen".format(variant, *sizes))
-    if encoders.name.endswith("random"):
-        run.print(common.RANDOM_WARNING)
+    common.print_warning(run, encoders.name)
     run.print(f"run      {run.folder}{after}")
 
 

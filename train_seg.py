@@ -99,6 +99,8 @@ def load_rooms(cfg):
     else:
         *parts, names, form = own_rooms(root, cfg)
         classes = {name: k for k, name in enumerate(names)}
+    if set(cfg.get("classes", ())) == set(classes):             # of a saved run, in its order
+        classes = {name: classes[name] for name in cfg["classes"]}
     known = 41 if cfg["data"] == "scannet" else len(classes)    # nyu40's labels, or ours
     rooms, notes = [[], []], [form]
     if cfg["scale"] != 1:
@@ -125,13 +127,13 @@ def own_rooms(root, cfg):
 
 
 def load_synthetic():
-    from data.synthetic import OFFICES, ROOM_CLASSES, room_scenes
+    from data.synthetic_rooms import OFFICES, ROOM_CLASSES, room_scenes
     *counts, points = SYNTHETIC
     parts = [[], []]
     for part, seed, count in zip(parts, (1, 2), counts):
         for i, room in enumerate(room_scenes(count, points, seed, kinds=OFFICES)):
             part.append(room_of(f"room{i:03d}", room["xyz"], room["rgb"], room["semantic"]))
-    return *parts, ROOM_CLASSES, "procedural rooms of data/synthetic.py"
+    return *parts, ROOM_CLASSES, "procedural rooms of data/synthetic_rooms.py"
 
 
 def read_room(path, numbers=(), known=None, scale=1.0):
@@ -494,7 +496,7 @@ def main(argv=None):
     if not rooms or not test:
         raise InputError(f"{form}: {len(rooms)} rooms to train, {len(test)} to test; it takes both")
     if saved and list(classes) != cfg["classes"]:
-        raise InputError(f"{form}: has other classes than the run: {' '.join(classes)[:200]}")
+        raise InputError(f"{form}: has other classes than the run: {', '.join(classes)[:200]}")
     cfg["classes"] = list(classes)
     clip, model = build(cfg, saved, setup)
     recipe = Recipe(**cfg["recipe"])
@@ -506,8 +508,8 @@ def main(argv=None):
     no_colours = f"; {black} rooms have no colours" if black else ""
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     run.print(f"data     {cfg['data']}: {len(rooms):,} train rooms of {size:,} points, "
-              f"{len(test):,} test rooms, {len(classes)} classes; blocks of {recipe.block:g} m and "
-              f"{recipe.points:,} points; {form}{no_colours}")
+              f"{len(test):,} test rooms, {len(classes)} class{'es' * (len(classes) > 1)}; blocks "
+              f"of {recipe.block:g} m and {recipe.points:,} points; {form}{no_colours}")
     common.print_model(run, model, clip, f"{recipe.tokens} tokens; ")
     if not args.eval:
         with run.stopper:
@@ -530,10 +532,12 @@ def main(argv=None):
     run.print(f"blocks   mIoU {100 * blocks['miou']:.2f} % over the points of all blocks, before "
               "they are summed: the metric of papers that do not evaluate whole rooms")
     voted = f", {votes} votes" if votes > 1 else ""
+    of_run = f" of a run on {cfg.get('trained_on')}"
+    if "trained_on" not in cfg:
+        of_run = f" (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']})"
     run.print(f"result   mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, OA "
               f"{100 * result['oa']:.2f} %, every point of {len(test)} rooms{voted}, epoch "
-              f"{at['epoch']} (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']}); "
-              f"{cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
+              f"{at['epoch']}{of_run}; {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
     if args.export and run.first:
         render.save(Path(args.export) / "look.png", picture(shown, classes))
         run.print(f"export   {len(test)} rooms in {args.export}")
@@ -611,7 +615,9 @@ def settings(args):
     if (args.predict or args.vote) and not args.eval:
         raise InputError("--predict and --vote need a run: add --eval runs/seg-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "seg")
+        cfg, saved, folder = saved_settings(args, "seg", other_data=True)
+        if "trained_on" in cfg:
+            cfg.update(scale=1.0, test_area=args.test_area or 5)
         cfg["scale"] = args.scale or cfg.get("scale", 1.0)
         cfg["skip_broken"] = args.skip_broken
         return cfg, saved, folder

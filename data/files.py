@@ -429,6 +429,8 @@ def own_clouds(root, parts, how_to):
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8; save it as UTF-8") from None
     names = [line.strip() for line in "\n".join(lines).rstrip().split("\n")] if lines else []
+    if path.is_file() and not names:
+        raise InputError(f"{path}: is empty; write the name of a class in each line")
     if "" in names:                         # left out, it would move all labels behind it
         raise InputError(f"{path}: line {names.index('') + 1} is blank; a label is the number of "
                          "its line, so give every line a name")

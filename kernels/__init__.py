@@ -1,11 +1,13 @@
 """Sampling, neighbours, ball query, interpolation, points to pixels: a file each, CPU and CUDA."""
 from .ball_query import ball_query
 from .fps import farthest_point_sample, numba, triton
-from .interpolate import interpolate
+from .interpolate import group, interpolate
 from .knn import knn
+from .launch import use_triton
 from .splat import splat
 
-__all__ = ["ball_query", "farthest_point_sample", "interpolate", "knn", "splat"]
+__all__ = ["ball_query", "farthest_point_sample", "group", "interpolate", "knn", "splat",
+           "use_triton"]
 
 
 def engine(kind):

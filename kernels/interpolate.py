@@ -13,6 +13,7 @@ Plain torch writes the gathered (B, N, k, C) rows to memory and reads them back.
 moves 4·B·N·C·(k + 1) bytes in fp32, and the backward no more. The backward is a gather as well:
 edges are sorted by source point once, and each source point sums its queries in a fixed order.
 There are no atomics: results are deterministic, nothing is zero-filled, bf16 is rounded once.
+`group`, the gather of patches, shares both kernels: weight 1, one row for each target.
 
     python kernels/interpolate.py
 """
@@ -197,6 +198,19 @@ def interpolate(query, points, feats, k=3, lengths=None, check=None):
     dist2, index = knn(query, points, k, lengths, check)
     source = index.clamp(min=0) + S * torch.arange(B, device=index.device)[:, None, None]
     return _operator(feats.contiguous(), source, neighbour_weights(dist2))
+
+
+def group(feats, idx):
+    """Rows of each cloud: feats (B, S, C), idx (B, ...) int64 -> (B, ..., C).
+
+    torch.gather's values. Its gradient on a GPU adds to feats with atomics, in any order; this one
+    is the gather of `interpolate`, one edge for each row and weight 1: the same bits in every run.
+    """
+    B, S, C = feats.shape
+    rows = idx.flatten(1)[..., None]  # (B, R, 1)
+    source = rows + S * torch.arange(B, device=idx.device)[:, None, None]
+    weight = torch.ones(source.shape, device=feats.device)
+    return _operator(feats.contiguous(), source, weight).view(*idx.shape, C)
 
 
 def _brute_force(query, points, feats, k):  # float64, all (B, N, S) distances

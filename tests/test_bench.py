@@ -19,8 +19,9 @@ import train_seg
 from run import InputError
 
 TASKS = ["cls", "fewshot", "det", "seg"]
-PARTS = {"FPS", "KNN", "data", "tokenizer", "frozen forward", "backward", "head", "optimiser"}
-MORE_PARTS = {"det": {"matching"}, "seg": {"interpolation"}}
+PARTS = {"FPS", "data", "tokenizer", "frozen forward", "backward", "head", "optimiser"}
+MORE_PARTS = {"cls": {"KNN"}, "fewshot": {"KNN"}, "det": {"ball query", "matching"},
+              "seg": {"KNN", "interpolation"}}
 FILES = [importlib.import_module(f"kernels.{name}")
          for name in ("fps", "knn", "ball_query", "interpolate", "splat")]
 
@@ -51,7 +52,7 @@ def small(monkeypatch, folder):
             (train_fewshot, "modelnet40", patches),
             (train_cls, "modelnet40", dict(patches, stored=96)),
             (train_det, "scannet",
-             dict(points=300, tokens=64, queries=64, layers=2, batch_size=2)),
+             dict(points=300, tokens=64, fine=64, queries=64, layers=2, batch_size=2)),
             (train_seg, "s3dis", dict(points=128, tokens=32, neighbours=8, batch_size=2))):
         monkeypatch.setitem(script.RECIPES, data, script.RECIPES[data]._replace(**recipe))
 

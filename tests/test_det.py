@@ -15,7 +15,7 @@ import common
 import render
 import run
 import train_det as det
-from data import synthetic
+from data import synthetic_rooms
 from data.files import read_ply, write_ply
 from data.scannet import SCANNET_BOXES
 from run import ABLATIONS, InputError
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def rooms():
-    return synthetic.room_scenes(3, 3000, 9)
+    return synthetic_rooms.room_scenes(3, 3000, 9)
 
 
 def config(root, data="scannet", **more):
@@ -46,7 +46,8 @@ def test_scans_become_scenes_with_the_boxes_of_eighteen_classes(tmp_path, rooms)
     assert [s.name for s in val] == ["scene0568_00"] and classes == tuple(SCANNET_BOXES)
     assert "2 of 1,201 train and 1 of 312 val" in form
     for scene, room in zip(train + val, rooms):
-        assert [classes[k] for k in scene.label] == [synthetic.FURNITURE[k] for k in room["label"]]
+        names = [synthetic_rooms.FURNITURE[k] for k in room["label"]]
+        assert [classes[k] for k in scene.label] == names
         np.testing.assert_allclose(scene.boxes[:, :3], room["center"], atol=1e-4)
         np.testing.assert_allclose(scene.boxes[:, 3:], room["size"], atol=1e-4)
 
@@ -76,7 +77,7 @@ def own(tmp_path, rooms):
         else:
             write_ply(folder / f"room{i}.ply", room["xyz"], room["rgb"])
         (folder / f"room{i}.json").write_text(json.dumps([
-            {"class": synthetic.FURNITURE[k], "center": c.tolist(), "size": s.tolist()}
+            {"class": synthetic_rooms.FURNITURE[k], "center": c.tolist(), "size": s.tolist()}
             for k, c, s in zip(room["label"], room["center"], room["size"])]))
     return tmp_path
 
@@ -85,7 +86,7 @@ def test_own_scenes_are_read(own, rooms):
     train, val, classes, _ = det.load_scenes(config(own, "folder"))
     assert len(train) == 2 and len(val) == 1
     assert [classes[k] for k in train[1].label] == [
-        synthetic.FURNITURE[k] for k in rooms[1]["label"]]
+        synthetic_rooms.FURNITURE[k] for k in rooms[1]["label"]]
     np.testing.assert_allclose(val[0].xyz, rooms[0]["xyz"])
 
 
@@ -115,7 +116,7 @@ def test_own_scenes_in_the_prepared_form_are_read(tmp_path, rooms):
     ('[{"class": "bed",\n "center"]', r"line 2 is not JSON \(.*\); repair it"),
     (json.dumps([{"class": "bed", "center": [0, 0, 0], "size": [1, 1, 1]}] * 65),
      "65 boxes, at most 64"),
-    ('[{"class": "teapot", "center": [0, 0, 0], "size": [1, 1, 1]}]', "'teapot' does not occur"),
+    ('[{"class": "teapot", "center": [0, 0, 0], "size": [1, 1, 1]}]', "'teapot' is none of those to learn"),
 ])
 def test_bad_boxes_are_named(own, boxes, words):
     (own / "val/room0.json").write_text(boxes)
@@ -385,7 +386,7 @@ def test_detections_drop_empty_boxes_doubles_and_unlikely_ones():
 def test_an_exported_scene_shows_points_and_boxes_and_its_detections_can_be_read_back(
         tmp_path, rooms):
     trimesh = pytest.importorskip("trimesh")
-    scene, classes = scene_of(rooms[0]), synthetic.FURNITURE
+    scene, classes = scene_of(rooms[0]), synthetic_rooms.FURNITURE
     scores = np.eye(8)[scene.label.numpy()] * .9
     scores[0] *= .1                                         # not sure enough to be shown
     found = [Detections(scene.boxes.numpy(), scores),
@@ -437,7 +438,7 @@ def test_the_picture_shows_true_boxes_green_and_sure_detections_red(rooms, monke
 # --- model ----------------------------------------------------------------------------------------
 
 SMALL = det.RECIPES["synthetic"]._replace(
-    points=512, tokens=64, radius=.8, neighbours=16, source=312, queries=64, layers=2, epochs=2,
+    points=512, tokens=64, fine=64, radius=.8, neighbours=16, source=312, queries=64, layers=2, epochs=2,
     batch_size=2, every=1)
 
 
@@ -455,6 +456,32 @@ def test_the_reference_configuration_trains_8_858_971_weights():
     assert common.sizes(model)[0] == 8_858_971
     assert "fourier" in model.state_dict()
     assert not any("clip" in name for name in model.state_dict())
+
+
+def test_initial_weights_are_those_of_3detr():
+    """Standard deviations: its tokenizer is kaiming_normal, sqrt(2 / inputs); Xavier-uniform,
+    sqrt(2 / (inputs + outputs)), in the decoder alone; torch's default, sqrt(1 / (3 inputs)).
+    """
+    torch.manual_seed(0)
+    clip = common.load_clip("timm:test_vit=random")
+    model = det.Detector(clip, 18, settings_of(det.RECIPES["scannet"]))
+    layer = model.decoder[3]
+    expected = {model.tokenizer.mlp[0]: (2 / 3) ** 0.5, model.tokenizer.mlp[3]: (2 / 64) ** 0.5,
+                model.tokenizer.mlp[6]: (2 / 128) ** 0.5, layer.ffn[0]: (2 / 512) ** 0.5,
+                layer.own.out_proj: (2 / 512) ** 0.5, layer.cross.out_proj: (2 / 512) ** 0.5,
+                model.query_mlp[0]: (1 / 768) ** 0.5, model.query_mlp[2]: (1 / 768) ** 0.5,
+                model.project[3]: (1 / (3 * clip.width)) ** 0.5}
+    for head in model.heads.values():
+        expected |= {head[i]: (1 / 768) ** 0.5 for i in (0, 4, 8)}      # 0.036 in the last layer
+    for part, std in expected.items():
+        assert part.weight.std().item() == pytest.approx(std, rel=0.15), part
+    for attention in (layer.own, layer.cross):              # q, k and v in one matrix
+        assert attention.in_proj_weight.std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.02)
+    rows = torch.randn(500, 256)
+    model.heads["center"].train()[7].p = model.heads["center"][3].p = 0.    # no dropout
+    with torch.no_grad():
+        logits = model.heads["center"](rows)
+    assert logits.std(0).mean().item() == pytest.approx(0.35, abs=0.04)     # 0.85 with Xavier
 
 
 @pytest.fixture
@@ -491,15 +518,64 @@ def test_task_tokens_learn_and_the_transformer_does_not(model, rooms):
     assert list(model.encoder.clip.parameters()) == []
 
 
-def test_fewer_tokens_take_their_patches_from_fewer_points_and_bad_neighbours_are_replaced():
-    tokenizer = det.SetAbstraction(64, .25, 16, 312, 32).eval()
-    points = torch.rand(2, 4096, 3) * 4
-    tokens, centers = tokenizer(points)
-    assert tokens.shape == (2, 64, 32) and centers.shape == (2, 64, 3)
-    alone = torch.cat([points, torch.full((2, 1, 3), 50.)], 1)      # a point without neighbours
-    tokens, centers = tokenizer(alone)
-    lonely = (centers[0] > 40).all(1).nonzero()[0, 0]
-    assert torch.allclose(tokens[0, lonely], tokenizer.mlp(torch.zeros(1, 3))[0], atol=1e-5)
+def by_hand(tokenizer, xyz, centers, values=None):
+    """The tokens of one cloud, patch by patch, from the first K points within the radius."""
+    tokens = []
+    for center in centers:
+        near = ((xyz - center) ** 2).sum(1) < tokenizer.radius ** 2
+        idx = near.nonzero()[:tokenizer.neighbours, 0]
+        x = (xyz[idx] - center) / tokenizer.radius          # repeated points change no maximum
+        x = x if values is None else torch.cat([x, values[idx]], 1)
+        tokens.append(tokenizer.mlp(x).amax(0))
+    return torch.stack(tokens)
+
+
+def test_patches_are_the_first_points_within_the_radius():
+    tokenizer = det.SetAbstraction(20, .5, 16, (3, 8, 32)).eval()
+    points = torch.rand(2, 900, 3) * 3
+    points[1, 700] = 50                                     # has no neighbours
+    with torch.no_grad():
+        tokens, centers = tokenizer(points)
+        for b in range(2):
+            expected = by_hand(tokenizer, points[b], centers[b])
+            assert torch.allclose(tokens[b], expected, atol=1e-6)
+        lonely = (centers[1] > 40).all(1).nonzero()[0, 0]
+        assert torch.allclose(tokens[1, lonely], tokenizer.mlp(torch.zeros(1, 3))[0], atol=1e-6)
+
+
+def test_fewer_tokens_are_a_second_level_as_in_lamm():
+    tokenizer = det.tokenizer_of(det.RECIPES["scannet"]._replace(tokens=256), 1024)
+    fine = tokenizer.before
+    assert (fine.tokens, fine.radius, fine.neighbours) == (2048, .2, 64)
+    assert (tokenizer.tokens, tokenizer.radius, tokenizer.neighbours) == (256, 1.6, 512)
+    assert [m.weight.shape for m in (*fine.mlp[::3], *tokenizer.mlp[::3])] == [
+        (64, 3), (256, 64), (512, 259), (1024, 512)]
+    recipe = det.RECIPES["scannet"]._replace(fine=60, tokens=15, radius=.5, neighbours=8)
+    tokenizer = det.tokenizer_of(recipe, 32).eval()
+    points = torch.rand(1, 900, 3) * 3
+    with torch.no_grad():
+        values, centers = tokenizer.before(points)
+        tokens, chosen = tokenizer(points)
+        assert torch.equal(chosen[0], centers[0, :15])      # farthest points of farthest points
+        expected = by_hand(tokenizer, centers[0], chosen[0], values[0])
+    assert torch.allclose(tokens[0], expected, atol=1e-6)
+
+
+def test_the_nearest_points_are_a_choice_and_what_older_runs_have():
+    recipe = det.RECIPES["synthetic"]._replace(patches="nearest")
+    tokenizer = det.tokenizer_of(recipe, 32).eval()
+    points = torch.rand(1, 4096, 3) * 4
+    with torch.no_grad():
+        tokens, centers = tokenizer(points)
+        among = torch.cat([centers[0], points[0, :recipe.source]])
+        for token, center in zip(tokens[0], centers[0]):
+            distance, idx = ((among - center) ** 2).sum(1).sort()
+            idx = idx[:32][distance[:32] <= .25]
+            expected = tokenizer.mlp((among[idx] - center) / .5).amax(0)
+            assert torch.allclose(token, expected, atol=1e-6)
+    older = {name: x for name, x in recipe._asdict().items() if name not in ("fine", "patches")}
+    again = det.tokenizer_of(det.Recipe(**older), 32)
+    assert again.source == recipe.source and again.before is None
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -537,6 +613,49 @@ def test_a_run_evaluates_resumes_and_repeats(small, monkeypatch, capsys):
     a, b = (torch.load(f"{folder}/last.pt", weights_only=True)["model"]
             for folder in ("runs/det-synthetic-1", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_saved_run_is_evaluated_on_other_data(small, own, capsys, tmp_path):
+    """By the names of its classes, whatever the other data would have made of them."""
+    det.main([*small, "--data", "folder", "--root", str(own), "--like", "synthetic"])
+    classes = run.load_checkpoint("runs/det-folder-1", "det")["config"]["classes"]
+    assert 1 < len(classes) < len(synthetic.FURNITURE)
+    printed = capsys.readouterr().out.splitlines()
+    other = tmp_path / "other"
+    for part in ("train", "val"):                           # other scenes to train, one class
+        (other / part).mkdir(parents=True)
+        for path in (own / "val").iterdir():
+            (other / part / path.name).write_bytes(path.read_bytes())
+    boxes = json.loads((other / "train/room0.json").read_text())
+    mine = [box for box in boxes if box["class"] == boxes[-1]["class"]]
+    (other / "train/room0.json").write_text(json.dumps(mine))
+    det.main(["--eval", "runs/det-folder-1", "--root", str(other)])
+    again = capsys.readouterr().out.splitlines()
+    assert f"under {other}" in "".join(again)
+    first = next(i for i, line in enumerate(printed) if line.startswith("class"))
+    rows = printed[first:-1]                                # the same AP of the same test scenes
+    assert len(rows) > 3 and again[-len(rows) - 1:-1] == rows
+
+    (other / "val/room0.json").write_text(json.dumps([*boxes, {**boxes[0], "class": "teapot"}]))
+    with pytest.raises(InputError, match="room0.json: the class 'teapot' is none of those to learn"
+                                         f" .{', '.join(classes)[:40]}"):
+        det.main(["--eval", "runs/det-folder-1", "--root", str(other)])
+    with pytest.raises(InputError, match="has other classes than the run: bed, "):
+        det.main(["--eval", "runs/det-folder-1", "--data", "synthetic"])
+    with pytest.raises(InputError, match="--root .*other: the built-in data has no files"):
+        det.main(["--eval", "runs/det-folder-1", "--data", "synthetic", "--root", str(other)])
+    with pytest.raises(InputError, match="was trained with data folder, not synthetic"):
+        det.main(["--resume", "runs/det-folder-1", "--data", "synthetic"])
+
+
+def test_a_run_on_built_in_rooms_is_evaluated_on_files(small, own, capsys):
+    det.main(small)
+    capsys.readouterr()
+    det.main(["--eval", "runs/det-synthetic-1", "--data", "folder", "--root", str(own)])
+    *_, mean, occur, result = capsys.readouterr().out.splitlines()
+    assert result.endswith(" s") and "of a run on synthetic; folder" in result
+    assert "best on test" not in result                     # that was another test set
+    assert mean.startswith("mean") and occur.startswith("of ")      # not all eight are in the room
 
 
 def test_boxes_for_scans_without_truth(small, monkeypatch, capsys, rooms):
@@ -580,7 +699,7 @@ def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     """mAP@0.25 above 0.9 on what it was trained on: nothing between data and metric is broken."""
     scenes = [scene_of(r, f"room{i}") for i, r in enumerate(rooms[:2])]
     monkeypatch.setattr(det, "load_scenes",
-                        lambda cfg: (scenes, scenes, synthetic.FURNITURE, "two"))
+                        lambda cfg: (scenes, scenes, synthetic_rooms.FURNITURE, "two"))
     make = det.make_batch                                   # without chance, 100 steps do
     monkeypatch.setattr(det, "make_batch",
                         lambda scenes, points, device, *augment: make(scenes, points, device))
@@ -589,13 +708,15 @@ def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     det.main(small)
     results = json.loads(Path("runs/det-synthetic-1/results.json").read_text())
     occurring = len(torch.cat([scene.label for scene in scenes]).unique())
-    assert results["metrics"]["map25"] * len(synthetic.FURNITURE) / occurring > .9
+    assert results["metrics"]["map25"] * len(synthetic_rooms.FURNITURE) / occurring > .9
 
 
 @pytest.mark.parametrize("words, message", [
     (["--queries", "65"], "--queries 65 must be at most --tokens 64"),
     (["--tokens", "1024"], "at most --points 512"),
     (["--tokens", "32"], "may have 64 boxes"),
+    (["--data", "scannet", "--tokens", "256", "--points", "1000"], "the 2048 patches at most"),
+    (["--data", "scannet", "--tokens", "256", "--patches", "nearest"], "has one level of patches"),
     (["--predict", "x.ply"], "--predict needs a run"),
     (["--data", "scannet", "--root", "nowhere"], "no such folder; ask for ScanNet"),
     (["--data", "scannet", "--root", "."], "found neither scans/ nor"),

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import ball_query, farthest_point_sample, interpolate, knn, splat
+import common
+from kernels import ball_query, farthest_point_sample, group, interpolate, knn, splat
 
 fps_file, knn_file, ball_file, interpolate_file, splat_file = (
     importlib.import_module(f"kernels.{name}")
@@ -969,6 +970,34 @@ def op_arguments(device):
             "interpolate": (feats.requires_grad_(), source, weight),
             "interpolate_backward": (grad, source, weight, 6),
             "splat": (points, 3, 2, 0.5, True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B, S, shape, C", [(2, 30, (7, 4), 20), (1, 5, (40,), 3), (3, 9, (1, 1), 70)])
+def test_group_gathers_rows_and_sums_their_gradients_in_a_fixed_order(triton_device, B, S, shape, C,
+                                                                      dtype):
+    g = torch.Generator().manual_seed(0)
+    feats = torch.randn(B, S, C, generator=g).to(triton_device, dtype).requires_grad_()
+    idx = torch.randint(max(1, S - 2), (B, *shape), generator=g).to(triton_device)
+    grad = torch.randn(B, *shape, C, generator=g).to(triton_device, dtype)
+    out = group(feats, idx)
+    expected = torch.stack([cloud[i] for cloud, i in zip(feats.double(), idx)])
+    assert out.dtype == dtype and torch.equal(out.double(), expected)
+    gradient, = torch.autograd.grad(out, feats, grad)
+    truth, = torch.autograd.grad(expected, feats, grad.double())
+    torch.testing.assert_close(gradient.double(), truth.double(), rtol=0.01, atol=1e-5)
+    again, = torch.autograd.grad(group(feats, idx), feats, grad)
+    assert torch.equal(again, gradient)
+    assert not gradient[:, S - 1].any(), "nobody asked for the last row"
+
+
+def test_rows_that_need_a_gradient_are_gathered_by_group_on_a_gpu(triton_device):
+    values = torch.randn(2, 9, 4, device=triton_device)
+    idx = torch.randint(9, (2, 5, 3), device=triton_device)
+    plain = common.gather(values, idx)
+    wanted = common.gather(values.requires_grad_(), idx)
+    assert torch.equal(plain, wanted)
+    assert "GatherBackward0" not in str([wanted.grad_fn, *wanted.grad_fn.next_functions])
 
 
 def test_a_gpu_on_which_triton_cannot_run_takes_the_torch_path(monkeypatch, capsys):

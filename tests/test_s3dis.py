@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from data import prepared, s3dis, synthetic
+from data import prepared, s3dis, synthetic_rooms
 from data.files import BrokenFile, read_cloud
 from data.s3dis import ROOM_CLASSES, has_own_rooms, own_rooms, rooms
 from run import InputError
@@ -12,7 +12,7 @@ from run import InputError
 
 @pytest.fixture(scope="module")
 def sources():
-    return synthetic.room_scenes(3, 1500, 9)
+    return synthetic_rooms.room_scenes(3, 1500, 9)
 
 
 def raw_room(root, room):

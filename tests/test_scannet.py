@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import prepared, scannet, synthetic
+from data import prepared, scannet, synthetic_rooms
 from data.files import BrokenFile, read_cloud
 from data.scannet import SCANNET_BOXES, SCANNET_POINTS, scans
 from run import InputError
@@ -46,7 +46,7 @@ def raw_scan(root, name, room, angle=0.3):
         json.dumps({"segIndices": segment.tolist()}), encoding="utf-8")
     groups = []
     for i, k in enumerate(room["label"]):
-        kind = synthetic.FURNITURE[k]
+        kind = synthetic_rooms.FURNITURE[k]
         groups.append({"objectId": i, "label": "office chair" if kind == "chair" else kind,
                        "segments": [2 * i + 2, 2 * i + 3]})
     groups.append({"objectId": len(groups), "label": "wall", "segments": [0, 1]})
@@ -66,7 +66,7 @@ def votenet_files(folder, path):
 
 @pytest.fixture(scope="module")
 def rooms():
-    return synthetic.room_scenes(3, 3000, 9)
+    return synthetic_rooms.room_scenes(3, 3000, 9)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_raw_scan_gives_the_boxes_of_its_instances_after_alignment(raw, rooms)
     for path, room in zip(train + val, rooms):
         cloud = read_cloud(path, classes=41)
         assert [names[int(k)] for k in cloud.boxes[:, 6]] == [
-            synthetic.FURNITURE[k] for k in room["label"]]
+            synthetic_rooms.FURNITURE[k] for k in room["label"]]
         np.testing.assert_allclose(cloud.boxes[:, :3], room["center"], atol=1e-4)
         np.testing.assert_allclose(cloud.boxes[:, 3:6], room["size"], atol=1e-4)
         assert len(cloud.xyz) == 3000 and cloud.rgb.dtype == np.uint8

@@ -15,7 +15,7 @@ import common
 import render
 import run
 import train_seg as seg
-from data import synthetic
+from data import synthetic_rooms
 from data.files import BrokenFile, read_cloud, read_ply, write_ply
 from data.s3dis import ROOM_CLASSES
 from data.scannet import SCANNET_BOXES, SCANNET_POINTS
@@ -32,7 +32,7 @@ GO_ON = ", or pass --skip-broken to go on without it"
 
 @pytest.fixture(scope="module")
 def rooms():
-    return synthetic.room_scenes(3, 1500, 9)
+    return synthetic_rooms.room_scenes(3, 1500, 9)
 
 
 def room_of(room, name="room"):
@@ -99,8 +99,8 @@ def test_scans_of_scannet_become_rooms(tmp_path, rooms):
         xyz = torch.from_numpy(source["xyz"] - source["xyz"].min(0))
         place = torch.cdist(room.xyz.double(), xyz.double()).argmin(1).numpy()  # they are shuffled
         assert len(np.unique(place)) == 1500
-        kinds = ["wall" if i < 0 else names[SCANNET_BOXES[synthetic.FURNITURE[source["label"][i]]]]
-                 for i in source["instance"][place]]
+        boxes = [SCANNET_BOXES[synthetic_rooms.FURNITURE[k]] for k in source["label"]]
+        kinds = ["wall" if i < 0 else names[boxes[i]] for i in source["instance"][place]]
         label = np.array([classes.index(kind) for kind in kinds])
         same_room(room, source["xyz"][place], source["rgb"][place], label, 1e-4)
 
@@ -161,6 +161,12 @@ def test_own_clouds_come_with_classes_in_two_parts(own, missing, words):
     with pytest.raises(InputError, match=words) as error:
         seg.load_rooms(config(own, "folder"))
     assert str(error.value).startswith(str(own)) and "\n" not in str(error.value)
+
+
+def test_an_empty_list_of_classes_is_called_empty(own):
+    (own / "classes.txt").write_text("")
+    with pytest.raises(InputError, match="classes.txt: is empty; write the name of a class in each"):
+        seg.load_rooms(config(own, "folder"))
 
 
 def test_own_clouds_may_lack_colours_and_labels(own, rooms):
@@ -631,6 +637,45 @@ def test_scale_belongs_to_the_run(small, own):
     seg.main(["--eval", "runs/seg-folder-1"])               # without --scale: the run's
     with pytest.raises(InputError, match="spans"):
         seg.main(["--eval", "runs/seg-folder-1", "--scale", "1"])
+
+
+def test_a_saved_run_is_evaluated_on_other_data(small, own, rooms, tmp_path, capsys):
+    """--root names other rooms, --data other rooms in another form, whose classes are the same."""
+    seg.main(small)
+    capsys.readouterr()
+
+    def evaluated(*words):
+        seg.main(["--eval", "runs/seg-synthetic-1", *words])
+        printed = capsys.readouterr().out.splitlines()
+        return [line for line in printed if not line.startswith(("device", "speed", "data"))]
+
+    first = evaluated("--data", "folder", "--root", str(own))
+    assert "of a run on synthetic; folder" in first[-1] and "best on test" not in first[-1]
+    other = tmp_path / "other"                              # labels in another order of classes
+    order = np.random.default_rng(0).permutation(13)
+    for part in ("train", "test"):
+        (other / part).mkdir(parents=True)
+        room = rooms[2]                                     # that of own/test
+        np.savez(other / part / "room2.npz", xyz=room["xyz"], rgb=room["rgb"],
+                 label=np.argsort(order)[room["semantic"]])
+    (other / "classes.txt").write_text("\n".join(ROOM_CLASSES[k] for k in order), encoding="utf-8")
+    assert evaluated("--data", "folder", "--root", str(other)) == first
+    (other / "classes.txt").write_text("\n".join((*ROOM_CLASSES[:12], "junk")), encoding="utf-8")
+    with pytest.raises(InputError, match="has other classes than the run: ceiling, floor, .*junk"):
+        evaluated("--data", "folder", "--root", str(other))
+    with pytest.raises(InputError, match="--root .*other: the built-in data has no files"):
+        evaluated("--root", str(other))
+
+    seg.main([*small, "--data", "folder", "--root", str(own), "--like", "synthetic"])
+    printed = capsys.readouterr().out.splitlines()
+    (other / "classes.txt").write_text("\n".join(ROOM_CLASSES), encoding="utf-8")
+    room = rooms[2]
+    np.savez(other / "test/room2.npz", xyz=room["xyz"], rgb=room["rgb"], label=room["semantic"])
+    seg.main(["--eval", "runs/seg-folder-1", "--root", str(other)])
+    again = capsys.readouterr().out.splitlines()
+    assert f"clouds under {other}" in "".join(again)
+    assert again[-1].split(";")[0] == printed[-1].split(";")[0] and "best on test" in again[-1]
+    assert last_lines("\n".join(again)) != []
 
 
 def test_one_block_in_a_step_is_enough(small, monkeypatch):
