@@ -102,7 +102,7 @@ def draw_points(xyz, camera, H, W, rgb=None, radius=None):
     A point behind the edge of a nearer one is darker: that shows the shape without a normal.
     """
     if radius is None:
-        radius = max(0.6, min(math.sqrt(H * W / len(xyz)), min(H, W) / 56))
+        radius = max(0.6, min(math.sqrt(H * W / len(xyz)), min(H, W) / 48))
     place = project(xyz.float(), camera, FINE * H, FINE * W).nan_to_num(-1e9)       # not seen
     index, depth = splat(place[None], FINE * H, FINE * W, FINE * radius)
     index, depth = index[0], depth[0]                                               # (2 H, 2 W)
@@ -133,6 +133,11 @@ def smooth(fine):
     """The mean of FINE x FINE pixels each: (2 H, 2 W, 3) -> (H, W, 3) uint8."""
     parts = [fine[i::FINE, j::FINE] for i in range(FINE) for j in range(FINE)]
     return (sum(parts) / FINE ** 2 + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def draw_object(xyz, size=140, up="z"):
+    """One object's points (N, 3), seen from the front at an angle: (size, size, 3) uint8."""
+    return draw_points(xyz, fit(xyz, look(elevation=25, azimuth=35, up=up)), size, size)
 
 
 # ---- Meshes --------------------------------------------------------------------------------------
@@ -235,7 +240,8 @@ class Cell(NamedTuple):
 def sheet(cells, columns, title="", legend=()):
     """Pictures of one size in rows of `columns`, with captions -> (H, W, 3) uint8.
 
-    title: lines above them; legend: (name, colour) below.
+    title: lines above them; legend: (name, colour) below. Pillow's font has Latin letters alone,
+    others become boxes.
     """
     font = ImageFont.load_default(TEXT)
     H, W, _ = cells[0].picture.shape

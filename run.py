@@ -11,6 +11,8 @@ The loop stands in the script, inside this frame:
 """
 import argparse
 import contextlib
+import csv
+import io
 import itertools
 import json
 import math
@@ -306,8 +308,9 @@ class Stopper:
 class Run:
     """A run: how far it is (`at`), the frame of its loop, its folder.
 
-    The folder holds config.json, metrics.jsonl, log.txt, the script's source, last.pt, best.pt and
-    results.json. Only the first process writes; until `open` gives it a folder, `print` prints.
+    The folder holds config.json, metrics.jsonl, log.txt, the script's source, last.pt, best.pt,
+    results.json, and what the script adds: look.png, confusion.csv. Only the first process writes;
+    until `open` gives it a folder, `print` prints.
     """
 
     def __init__(self, task, cfg, setup, saved=None):
@@ -454,6 +457,13 @@ class Run:
             "best_on_test": {best: at["best"], "epoch": at["best_epoch"]},
             "device": self.setup.describe, "form": form, **more})
 
+    def confusion(self, counts, classes):
+        """confusion.csv: counts (C, C), a row for each true class, a column for each predicted."""
+        rows = [[name, *row] for name, row in zip(classes, counts.tolist())]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([["true", *classes], *rows])
+        self.write("confusion.csv", text.getvalue())
+
     def save(self, name, **more):
         """A checkpoint: the trained weights, how far the run is, and `more`."""
         self.write(name, {"task": self.task, "config": self.cfg, "frozen": self.cfg["frozen"],
@@ -471,7 +481,7 @@ class Run:
                 if path.suffix == ".pt":
                     torch.save(content, file)
                 else:
-                    file.write(content.encode())
+                    file.write(content.encode(errors="backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(f"{path}.tmp", path)

@@ -8,6 +8,7 @@
 To change the data, edit `load_data` and RECIPES; the head, `Classifier` in common.py; the backbone,
 pass another --clip or edit `EPCLEncoder` in common.py.
 """
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.profiler import record_function
 
 import common
+import render
 from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
 from data import objects
 from kernels import farthest_point_sample
@@ -186,6 +188,21 @@ def evaluate(model, xyz, label, setup, recipe, votes=1, seed=0, batch=64):
     return all_reduce(confusion).cpu()
 
 
+@torch.no_grad()
+def picture(model, xyz, label, setup, cfg, title, most=24):
+    """look.png: up to 24 clouds of (S, points, 3), evenly spaced, with true and predicted name."""
+    model.eval()
+    rows = torch.linspace(0, len(label) - 1, min(most, len(label))).round().long()
+    with setup.autocast():
+        found = model(xyz[rows].to(setup.device))[0].argmax(1).tolist()
+    cells = []
+    for cloud, true, predicted in zip(xyz[rows].cpu(), label[rows].tolist(), found):
+        caption = f"{cfg['classes'][true]}\nnamed {cfg['classes'][predicted]}"
+        cells.append(render.Cell(render.draw_object(cloud, up=cfg["up"]), caption,
+                                 None if predicted == true else render.RED))
+    return render.sheet(cells, columns=8, title=title)
+
+
 # ---- Train ---------------------------------------------------------------------------------------
 def train(model, data, test, run):
     cfg, setup = run.cfg, run.setup
@@ -249,11 +266,11 @@ def main(argv=None):
     cfg, saved, folder = settings(args)
     setup = Setup(args.device, cfg["precision"])
     if args.predict:
-        return predict(args.predict, cfg, saved, setup)
+        return predict(args.predict, cfg, saved, setup, folder / "predicted" / "look.png")
     data, stored, classes, form = load_data(cfg)
     if saved and list(classes) != cfg["classes"]:
         raise InputError(f"{form}: has other classes than the run: {' '.join(classes)[:200]}")
-    cfg["classes"] = list(classes)
+    cfg["classes"], cfg["up"] = list(classes), objects.up_of(form)
     if not args.eval:
         common.check_batch(len(data.label), cfg)
     clip, model, text = build(cfg, saved, setup)
@@ -286,6 +303,13 @@ def main(argv=None):
         run.print(f"voting   accuracy {100 * voted:.2f} %, {args.vote} votes, one repeat")
     if not args.eval:
         run.results(metrics, "accuracy", common.sizes(model), form)
+        run.confusion(confusion, classes)
+        title = (f"{len(test.label):,} test clouds, accuracy {100 * overall:.1f} %; some of them, "
+                 f"wrong ones in red; {cfg['up']} points up")
+        if run.first:
+            render.save(run.folder / "look.png", picture(model, test.xyz, test.label, setup, cfg,
+                                                         title))
+        run.print(f"look     {run.folder}/look.png")
 
 
 def build(cfg, saved, setup):
@@ -305,9 +329,9 @@ def build(cfg, saved, setup):
 
 
 @torch.no_grad()
-def predict(files, cfg, saved, setup):
-    """Print the five likeliest classes of anybody's meshes or clouds."""
-    recipe, clouds = Recipe(**cfg["recipe"]), []
+def predict(files, cfg, saved, setup, look):
+    """Print the five likeliest classes of anybody's meshes or clouds, and draw the first 40."""
+    recipe, clouds, cells, up = Recipe(**cfg["recipe"]), [], [], cfg.get("up", "z")
     for file in files:
         xyz = objects.read_one(file, recipe.stored, recipe.points)
         xyz = torch.from_numpy(xyz)[None].to(setup.device)      # (1, P, 3)
@@ -319,8 +343,15 @@ def predict(files, cfg, saved, setup):
         with setup.autocast():
             logits, _ = model(points)
         share, label = logits[0].float().softmax(0).topk(min(5, len(cfg["classes"])))
-        print(f"{file}:", *(f"  {cfg['classes'][i]} {100 * p:.1f} %"
-                            for p, i in zip(share.tolist(), label.tolist())))
+        names = [f"{cfg['classes'][i]} {100 * p:.1f} %"
+                 for p, i in zip(share.tolist(), label.tolist())]
+        print(f"{file}:", *(f"  {name}" for name in names))
+        if len(cells) < 40:
+            drawn = render.draw_object(points[0].cpu(), up=up)
+            cells.append(render.Cell(drawn, "\n".join([Path(file).name, *names[:2]])))
+    render.save(look, render.sheet(cells, columns=min(8, len(cells)), title=f"{up} points up, as "
+                                   "in the run's data"))
+    print(f"look: {look}")
 
 
 def flags(argv):

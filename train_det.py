@@ -25,6 +25,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 import common
+import render
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import scannet
@@ -637,6 +638,21 @@ def export(folder, scenes, detections, classes):
     return written
 
 
+def picture(scenes, detections, most=2):
+    """look.png: the first two scenes from above, with true boxes and detections of LEAST_SCORE."""
+    cells = []
+    for scene, d in list(zip(scenes, detections))[:most]:
+        shown, camera = render.into_room(scene.xyz)
+        found = d.boxes[d.scores.max(1, initial=0) >= LEAST_SCORE]
+        drawn = render.draw_points(scene.xyz[shown], camera, 420, 420)
+        for boxes, colour in ((scene.boxes, GREEN), (found, RED)):
+            drawn = render.draw_boxes(drawn, boxes, camera, colour)
+        true = f"{len(scene.boxes)} true boxes in green, " if len(scene.boxes) else ""
+        cells.append(render.Cell(drawn, f"{scene.name}: {true}in red {len(found)} detected\nwith a "
+                                 f"score of at least {LEAST_SCORE}"))
+    return render.sheet(cells, columns=len(cells))
+
+
 # ---- Train ---------------------------------------------------------------------------------------
 def train(model, scenes, test, run):
     cfg, setup = run.cfg, run.setup
@@ -744,10 +760,14 @@ def main(argv=None):
               f"{at['epoch']}{of_run}; {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
     if args.export and rank() == 0:
         export(args.export, test, found, classes)
+        render.save(Path(args.export) / "look.png", picture(test, found))
         run.print(f"export   {len(test)} scenes in {args.export}: true boxes green, detections red")
     if not args.eval:
         run.results({"map25": ap[0.25], "map50": ap[0.5]}, "map25", common.sizes(model), form,
                     train_metrics={"map25": seen[0.25], "map50": seen[0.5]})
+        if run.first:
+            render.save(run.folder / "look.png", picture(test, found))
+        run.print(f"look     {run.folder}/look.png")
 
 
 def predict(args, folder, cfg, saved, setup):
@@ -757,12 +777,14 @@ def predict(args, folder, cfg, saved, setup):
     scans = [read_scan(Path(file)) for file in args.predict]
     _, model = build(cfg, saved, setup)
     recipe, classes = Recipe(**cfg["recipe"]), cfg["classes"]
+    detections = []
     for file, scan in zip(args.predict, scans):
-        detections = detect(model, [scan], setup, recipe)
-        kinds = [box["class"] for box in export(folder, [scan], detections, classes)[0]]
+        detections += detect(model, [scan], setup, recipe)
+        kinds = [box["class"] for box in export(folder, [scan], detections[-1:], classes)[0]]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in classes if kind in kinds)
         print(f"{file}: {len(scan.xyz):,} points, {len(kinds)} boxes of score {LEAST_SCORE} or "
               f"more{counts and ': '}{counts} -> {folder}/{scan.name}.ply, .json")
+    render.save(Path(folder) / "look.png", picture(scans, detections))
 
 
 def build(cfg, saved, setup):

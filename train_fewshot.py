@@ -27,6 +27,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 import common
+import render
 from common import CLIP_NAMES, Classifier, gather, loss_terms, prompt_features
 from data import objects
 from data.files import broken
@@ -256,6 +257,27 @@ def accuracy(model, points, label, setup, batch=64):
     return correct.item() / len(label)
 
 
+@torch.no_grad()
+def picture(model, shots, test, names, setup, up):
+    """look.png: three shots and five queries of an episode's first ten classes, as classified."""
+    model.eval()
+    lists = [[part.xyz[part.label == k][:most] for k in range(len(names))][:10]
+             for part, most in ((shots, 3), (test, 5))]
+    few = [min(map(len, clouds)) for clouds in lists]
+    cells = []
+    for k, (learned, asked) in enumerate(zip(*lists)):
+        cells += [render.Cell(render.draw_object(x.cpu(), 120, up), f"{names[k]}\nshot")
+                  for x in learned[:few[0]]]
+        with setup.autocast():
+            found = model(asked[:few[1]])[0].argmax(1).tolist()
+        for x, i in zip(asked, found):
+            drawn = render.draw_object(x.cpu(), 120, up)
+            cells.append(render.Cell(drawn, f"{names[k]}\nnamed {names[i]}",
+                                     render.GREEN if i == k else render.RED))
+    return render.sheet(cells, columns=sum(few), title="shots and queries of the first episode; "
+                        f"right ones green, wrong ones red; {up} points up")
+
+
 def train_episode(model, data, test, run, seed, bar):
     """Train on samples (S, SAMPLES, m, 3), test on clouds (Q, N, 3) after every epoch.
 
@@ -454,6 +476,7 @@ def main(argv=None):
     classes, form = MODELNET40, f"folds of {cfg['folds']}"
     if data:
         classes, form = data.classes, data.form
+    cfg["up"] = objects.up_of(form)
     episodes = list_episodes(cfg, data, classes, folder / "episodes" if saved else None)
     for way, shot in cfg["settings"]:
         common.check_batch(way * shot, cfg)
@@ -487,6 +510,7 @@ def main(argv=None):
         "epoch": cfg["recipe"]["epochs"], "seconds": sum(r["seconds"] for r in done),
         "parameters": {"trainable": first[0]["trained"], "frozen": first[0]["frozen"]},
         "device": setup.describe, "form": form, "trainings": done})
+    run.print(f"look     {run.folder}/look.png")
 
 
 def describe(run, encoders, classes, form, after):
@@ -557,6 +581,10 @@ def train(episodes, data, classes, encoders, done, total, run):
                 "trained": trained, "frozen": frozen, "classes": [classes[c] for c in labels]}
         done.append(line)
         bar.clear()
+        if len(done) == 1:
+            points = shots._replace(xyz=shots.xyz[:, :recipe.points])
+            render.save(run.folder / "look.png", picture(model, points, test, line["classes"],
+                                                         setup, cfg["up"]))
         names = "  " + " ".join(line["classes"]) if way <= 10 else ""
         run.print(f"{way}w{shot}s episode {i + 1}/{cfg['episodes']} {variant:15s}"
                   f"{100 * curve[-1]:6.1f} %  (best on test {100 * curve[best]:.1f} in epoch "

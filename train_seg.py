@@ -23,6 +23,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 import common
+import render
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import s3dis
@@ -67,6 +68,7 @@ RECIPES = {
 SYNTHETIC = (60, 10, 12_000)        # rooms to train, to test, points of a room
 LEAST = 1024                # points of a training block, of 4096 [Pointnet_Pointnet2_pytorch]
 IGNORE = -1                 # label of points that belong to no class
+SHOWN = 2                   # rooms in look.png
 GET_FOLDER = ("pass --root FOLDER with FOLDER/classes.txt, a name in each line, and FOLDER/"
               "{train,test}/NAME.npy, .npz or .ply with labels: the line's number from 0, or -1; "
               "or with FOLDER/Area_N/ROOM/Annotations/CLASS_N.txt, as S3DIS")
@@ -346,10 +348,10 @@ def label_room(model, room, setup, recipe, classes, votes=1):
     return total, counts
 
 
-def evaluate(model, rooms, setup, recipe, classes, votes=1, folder=None):
+def evaluate(model, rooms, setup, recipe, classes, votes=1, folder=None, shown=None):
     """-> confusion over all points, confusion over all blocks; rooms are shared between processes.
 
-    folder: write the predicted labels of each room there.
+    folder: write the predicted labels of each room there. shown: a list that takes some of them.
     """
     both = torch.zeros(2, classes, classes, dtype=torch.int64)
     for room in tqdm(rooms[rank()::world_size()], desc="rooms", unit="room", leave=False,
@@ -359,6 +361,8 @@ def evaluate(model, rooms, setup, recipe, classes, votes=1, folder=None):
         both += torch.stack([confusion(room.label, predicted, classes), in_blocks])
         if folder:
             write_labels(folder, room, predicted)
+        if shown is not None and len(shown) < SHOWN:
+            shown.append((room, predicted))
     return all_reduce(both.to(setup.device)).cpu()
 
 
@@ -389,6 +393,28 @@ def write_labels(folder, room, predicted):
     xyz = room.xyz.double().numpy() / room.scale + room.offset         # as they were read
     write_ply(folder / f"{room.name}.ply", xyz, colour(predicted.numpy()))
     np.save(folder / f"{room.name}.npy", predicted.numpy().astype(np.int16))
+
+
+def picture(labelled, classes):
+    """look.png: rooms from above in their colours, as predicted and, where there are labels, as
+    labelled, and what is wrong."""
+    cells, grey = [], np.array([205, 205, 205], np.uint8)
+    some = any((room.label != IGNORE).any() for room, _ in labelled)
+    for room, predicted in labelled:
+        shown, camera = render.into_room(room.xyz)
+        label, known = room.label.numpy()[:, None], (room.label != IGNORE).numpy()[:, None]
+        wrong = known & (predicted.numpy()[:, None] != label)
+        views = [("in its colours", room.rgb.numpy() if room.rgb.any() else None),
+                 ("truth", np.where(known, colour(label[:, 0]), grey)),
+                 ("predicted", colour(predicted.numpy())),
+                 (f"{100 * wrong.sum() / max(known.sum(), 1):.0f} % of points wrong",
+                  np.where(wrong, np.uint8(render.RED), grey))]
+        for what, rgb in views if some else views[::2]:
+            rgb = None if rgb is None else rgb[shown.numpy()]
+            cells.append(render.Cell(render.draw_points(room.xyz[shown], camera, 280, 280, rgb),
+                                     f"{room.name}, {what}"))
+    legend = [(name, colour(k)) for k, name in enumerate(classes)]
+    return render.sheet(cells, columns=4 if some else 2, legend=legend)
 
 
 # ---- Train ---------------------------------------------------------------------------------------
@@ -490,7 +516,9 @@ def main(argv=None):
             train(model, rooms, test, run)
 
     stages, started, votes = stage_seconds(model, setup.device), time.time(), args.vote or 1
-    counts, in_blocks = evaluate(model, test, setup, recipe, len(classes), votes, args.export)
+    shown = []
+    counts, in_blocks = evaluate(model, test, setup, recipe, len(classes), votes, args.export,
+                                 shown)
     seconds, at = time.time() - started, run.at
     result, blocks = scores(counts), scores(in_blocks)
     for line in table(counts, classes):
@@ -510,13 +538,18 @@ def main(argv=None):
     run.print(f"result   mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, OA "
               f"{100 * result['oa']:.2f} %, every point of {len(test)} rooms{voted}, epoch "
               f"{at['epoch']}{of_run}; {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
-    if args.export:
+    if args.export and run.first:
+        render.save(Path(args.export) / "look.png", picture(shown, classes))
         run.print(f"export   {len(test)} rooms in {args.export}")
     if not args.eval:
         iou = {name: None if np.isnan(x) else float(x) for name, x in zip(classes, result["iou"])}
         run.results({name: result[name] for name in ("miou", "macc", "oa")}, "miou",
                     common.sizes(model), form, iou=iou, votes=votes,
                     block_metrics={"miou": blocks["miou"]})
+        run.confusion(counts, classes)
+        if run.first:
+            render.save(run.folder / "look.png", picture(shown, classes))
+        run.print(f"look     {run.folder}/look.png")
 
 
 def predict(args, folder, cfg, saved, setup):
@@ -526,10 +559,12 @@ def predict(args, folder, cfg, saved, setup):
     rooms = [read_room(file, scale=cfg["scale"]) for file in args.predict]
     _, model = build(cfg, saved, setup)
     recipe, classes = Recipe(**cfg["recipe"]), cfg["classes"]
+    shown = []
     for file, room in zip(args.predict, rooms):
         logits, _ = label_room(model, room, setup, recipe, len(classes), args.vote or 1)
         predicted = logits.argmax(1)
         write_labels(folder, room, predicted)
+        shown = [*shown, (room, predicted)][:SHOWN]
         share = torch.bincount(predicted, minlength=len(classes)).float() / len(predicted)
         most = share.argsort(descending=True)[:5].tolist()
         found = ", ".join(f"{classes[k]} {100 * share[k]:.0f} %" for k in most if share[k] > 0)
@@ -538,6 +573,7 @@ def predict(args, folder, cfg, saved, setup):
             notes += f"; coordinates times {room.scale:g}"
         print(f"{file}: {len(predicted):,} points, {found}{notes} -> {folder}/{room.name}.ply, "
               ".npy")
+    render.save(Path(folder) / "look.png", picture(shown, classes))
 
 
 def build(cfg, saved, setup):

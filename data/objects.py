@@ -106,6 +106,12 @@ def unit_sphere(xyz):
     return xyz / xyz.norm(dim=-1).amax(-1).clamp_min(1e-12)[..., None, None]
 
 
+def up_of(form):
+    """The axis that points up in most data of a form, a string of `load`. For pictures alone."""
+    y_up = ("Point-BERT's", "text files", "HDF5 files", "folds of")     # as docs/data.md says
+    return "y" if form.startswith(y_up) or "objectdataset" in form else "z"
+
+
 # ---- One data set -> what there is to read -------------------------------------------------------
 
 class Found(NamedTuple):

@@ -1,4 +1,5 @@
 """train_cls.py: sampling, losses, metric, the loop, resume, several processes."""
+import csv
 import json
 import os
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import render
 import run
 import train_cls
 from data import objects
@@ -94,6 +97,31 @@ def test_accuracies_and_worst_pairs_of_a_confusion_matrix_made_by_hand():
 
 # --- runs -----------------------------------------------------------------------------------------
 
+def test_the_picture_frames_what_is_named_wrongly_and_nothing_else(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(render, "sheet", lambda cells, **_: drawn.append(cells))
+
+    class Named(torch.nn.Module):               # by the first coordinate of a cloud's first point
+        def forward(self, points):
+            return torch.nn.functional.one_hot(points[:, 0, 0].long(), 3).float(), None
+
+    xyz = torch.rand(60, 30, 3)
+    label = torch.arange(60) % 3
+    xyz[:, 0, 0] = label.roll(1).float().where(torch.arange(60) % 4 == 0, label.float())
+    cfg = {"classes": ["cup", "desk", "bed"], "up": "z"}
+    train_cls.picture(Named(), xyz, label, run.Setup("cpu", "fp32"), cfg, "title")
+    cells, = drawn
+    rows = np.linspace(0, 59, 24).round().astype(int)
+    assert len(cells) == 24
+    for row, cell in zip(rows, cells):
+        true, named = (cfg["classes"][k] for k in (label[row], int(xyz[row, 0, 0])))
+        assert cell.caption == f"{true}\nnamed {named}"
+        assert (cell.frame == render.RED) == (row % 4 == 0) and (true == named) == (row % 4 != 0)
+        assert (cell.picture == render.draw_object(xyz[row])).all()
+    train_cls.picture(Named(), xyz[:2], label[:2], run.Setup("cpu", "fp32"), cfg, "title")
+    assert len(drawn[1]) == 2
+
+
 def arguments(folder, clip, out, *more):
     return ["--data", "folder", "--root", str(folder), "--clip", clip, "--out", str(out),
             "--points", "64", "--groups", "8", "--neighbours", "8", "--epochs", "3",
@@ -116,7 +144,14 @@ def lines(folder):
 def test_a_run_learns_and_leaves_every_file(finished):
     assert {p.name for p in finished.iterdir()} == {
         "config.json", "metrics.jsonl", "log.txt", "train_cls.py", "last.pt", "best.pt",
-        "results.json"}
+        "results.json", "confusion.csv", "look.png"}
+    with open(finished / "confusion.csv", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    classes = head[1:]
+    counts = torch.tensor([[int(n) for n in row[1:]] for row in rows])
+    assert head[0] == "true" and [row[0] for row in rows] == classes == ["ball", "cube", "stick"]
+    assert train_cls.accuracies(counts)[0] == lines(finished)[-1]["accuracy"]
+    assert Image.open(finished / "look.png").width == 8 * (140 + 12)
     results = json.loads((finished / "results.json").read_text())
     assert results["metrics"]["accuracy"] == lines(finished)[-1]["accuracy"]
     assert results["best_on_test"]["accuracy"] == max(line["accuracy"] for line in lines(finished))
@@ -163,6 +198,9 @@ def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, c
         printed = capsys.readouterr().out
         assert f"accuracy {100 * accuracy:.2f} %" in printed and "3 votes, one repeat" in printed
     file = str(folder / "test" / "stick" / "0.npy")
+    train_cls.main(["--eval", str(finished), "--predict", file, file])
+    assert Image.open(finished / "predicted/look.png").width == 2 * (140 + 12)
+    capsys.readouterr()
     train_cls.main(["--eval", str(finished), "--predict", file])
     words = re.findall(r"(\w+) ([\d.]+) %", capsys.readouterr().out)
     assert {w for w, _ in words} == {"ball", "cube", "stick"}

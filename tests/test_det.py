@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
+import render
 import run
 import train_det as det
 from data import synthetic_rooms
@@ -406,6 +408,33 @@ def test_an_exported_scene_shows_points_and_boxes_and_its_detections_can_be_read
     assert json.loads((tmp_path / "empty.json").read_text()) == []
 
 
+def test_the_picture_shows_true_boxes_green_and_sure_detections_red(rooms, monkeypatch):
+    drawn = []
+    epochs=2, batch_size=2, every=1)
+    k = len(scene.boxes)
+    scores = np.full((k, 8), .1)
+    scores[0, 3] = det.LEAST_SCORE                          # the only one to be shown
+    sure = Detections(scene.boxes.numpy() + np.float32([0, 0, 0, .3, .3, .3]), scores)
+    none = Detections(np.zeros((0, 6)), np.zeros((0, 8)))
+    det.picture([scene, scene, scene], [sure, none, none])
+    (one, other), = drawn                                   # two at most
+    assert one.caption == (f"room: {k} true boxes in green, in red 1 detected\n"
+                           "with a score of at least 0.3")
+    det.picture([EMPTY], [none])
+    assert drawn[1][0].caption.startswith("empty: in red 0 detected\n")
+    for cell, red in ((one, True), (other, False)):
+        rgb = cell.picture.astype(int)
+        assert ((rgb - det.RED).__abs__().sum(2) < 60).any() == red
+        assert ((rgb - det.GREEN).__abs__().sum(2) < 60).sum() > 200
+    shown, camera = render.into_room(scene.xyz)
+    bare = render.draw_points(scene.xyz[shown], camera, 420, 420)
+    same = (one.picture == bare).all(2)
+    corner = render.project(torch.from_numpy(sure.boxes[:1, :3] + sure.boxes[:1, 3:] / 2), camera,
+                            420, 420)[0]
+    column, row, _ = corner.long().tolist()
+    assert .5 < same.mean() < 1 and not same[row, column]
+
+
 # --- model ----------------------------------------------------------------------------------------
 
 SMALL = det.RECIPES["synthetic"]._replace(
@@ -568,7 +597,9 @@ def test_a_run_evaluates_resumes_and_repeats(small, monkeypatch, capsys):
     assert "result   mAP@0.25" in printed and "AR@0.50" in printed
     det.main(["--eval", "runs/det-synthetic-1", "--export", "look"])
     assert sorted(p.name for p in Path("look").iterdir()) == [
-        "room000.json", "room000.ply", "room001.json", "room001.ply"]
+        "look.png", "room000.json", "room000.ply", "room001.json", "room001.ply"]
+    looks = [Image.open(Path(folder, "look.png")) for folder in ("look", "runs/det-synthetic-1")]
+    assert looks[0].tobytes() == looks[1].tobytes() and looks[0].width == 2 * (420 + 12)
 
     def last_lines(text):
         return [line for line in text.splitlines() if line.startswith(("result", "mean"))]
@@ -642,6 +673,7 @@ def test_boxes_for_scans_without_truth(small, monkeypatch, capsys, rooms):
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and printed[0].endswith("predicted/room000.ply, .json")
     folder = Path("runs/det-synthetic-1/predicted")
+    assert Image.open(folder / "look.png").width == 2 * (420 + 12)
     seen, found = (json.loads(Path(p, "room000.json").read_text()) for p in ("look", folder))
     assert found and [box["class"] for box in seen] == [box["class"] for box in found]
     for key in "center", "size", "score":                       # other batches round otherwise

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
+import render
 import run
 import train_fewshot as fewshot
 from data import objects
@@ -309,7 +311,33 @@ def test_a_run_writes_its_episodes_and_the_same_episodes_give_the_same_numbers(s
     with pytest.raises(InputError, match="reads no weights; leave --clip out"):
         fewshot.main(["--eval", "runs/fewshot-synthetic-1", *small[-2:]])
     fewshot.main(["--eval", "runs/fewshot-synthetic-1"])
-    assert capsys.readouterr().out.splitlines() == printed.splitlines()[-3:]
+    assert capsys.readouterr().out.splitlines() == printed.splitlines()[-4:-1]
+    assert printed.splitlines()[-1] == "look     runs/fewshot-synthetic-1/look.png"
+    # three classes, each with three shots and five queries
+    assert Image.open("runs/fewshot-synthetic-1/look.png").width == 8 * (120 + 12)
+
+
+def test_the_picture_shows_shots_and_queries_of_each_class_as_they_were_named(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(render, "sheet", lambda cells, **k: drawn.append((cells, k["columns"])))
+
+    class Second(torch.nn.Module):                                  # names everything "desk"
+        def forward(self, points):
+            return torch.tensor([[0.0, 1, 0]]).expand(len(points), 3), None
+
+    shots, test = (Objects(torch.rand(len(label), 20, 3), torch.tensor(label))
+                   for label in ([0, 0, 1, 1, 2, 2], [0, 1, 2] * 7))
+    names = ["cup", "desk", "bed"]
+    fewshot.picture(Second(), shots, test, names, run.Setup("cpu", "fp32"), "y")
+    (cells, columns), = drawn
+    assert columns == 2 + 5 and len(cells) == 3 * columns
+    for k, name in enumerate(names):
+        row = cells[k * columns:(k + 1) * columns]
+        assert [cell.caption for cell in row] == [f"{name}\nshot"] * 2 + [f"{name}\nnamed desk"] * 5
+        assert {cell.frame for cell in row[:2]} == {None}
+        assert {cell.frame for cell in row[2:]} == {render.GREEN if name == "desk" else render.RED}
+        assert (row[1].picture == render.draw_object(shots.xyz[2 * k + 1], 120, "y")).all()
+        assert (row[3].picture == render.draw_object(test.xyz[k + 3], 120, "y")).all()
 
 
 def test_it_learns_what_can_be_learned(small):

@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import bench
 import common
+import look
 import run as run_module
 import test_bench
+import test_look
 import train_cls
 import train_det
 import train_fewshot
@@ -195,7 +198,8 @@ def test_each_detection_command_runs(command, tmp_path, monkeypatch, tiny_clip, 
         assert ("resumed after" in printed) == ("--resume" in words)
     if "--export" in words:
         exported = Path(words[words.index("--export") + 1])
-        assert {path.name for path in exported.iterdir()} == {"room000.ply", "room000.json"}
+        assert {path.name for path in exported.iterdir()} == {
+            "room000.ply", "room000.json", "look.png"}
     assert list(Path("runs").glob("det-*/results.json"))
 
 
@@ -224,7 +228,8 @@ def test_each_segmentation_command_runs(command, tmp_path, monkeypatch, tiny_cli
         assert (" votes" in printed) == ("--vote" in words)
     if "--export" in words:
         exported = Path(words[words.index("--export") + 1])
-        assert {path.name for path in exported.iterdir()} == {"room000.ply", "room000.npy"}
+        assert {path.name for path in exported.iterdir()} == {
+            "room000.ply", "room000.npy", "look.png"}
     assert list(Path("runs").glob("seg-*/results.json"))
 
 
@@ -239,6 +244,18 @@ def test_each_benchmark_command_runs(command, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     expected = {"kernels": "ours   ", "train": "parts    ", "table": "| workload | ours, ms |"}
     assert expected[words[0]] in printed
+
+
+@commands_of("python look.py")
+def test_each_command_that_draws_curves_runs(command, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: draws with it")
+    monkeypatch.chdir(tmp_path)
+    words = words_of(command, "look.py")
+    runs = [word for word in words if word.startswith("runs/")]
+    for run in runs:
+        test_look.run_of(Path(run), test_look.LINES)
+    look.main(words)
+    assert capsys.readouterr().out.split() == [f"{runs[0]}/curves.png"]
 
 
 def python(folder, *words):
@@ -271,7 +288,7 @@ def test_every_command_of_readme_and_docs_is_covered_by_a_test_above():
     for command in COMMANDS:
         assert any(word in command for word in (
             "train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py", "bench.py",
-            "python kernels/", "python -m data.", "pytest")), command
+            "python look.py", "python kernels/", "python -m data.", "pytest")), command
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -282,6 +299,14 @@ def test_every_file_named_in_the_map_exists_and_has_about_that_many_lines():
     for name, count in rows:
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
         assert abs(len(lines) - int(count)) <= 25, f"{name}: {len(lines)}, not {count}"
+
+
+def test_every_picture_of_the_pages_is_there_and_small():
+    found = [ROOT / ("docs" if i else "") / name for i, page in enumerate(PAGES)
+             for name in re.findall(r"!\[[^]]+\]\((\S+)\)", page)]
+    assert len(found) >= 4
+    for path in found:
+        assert Image.open(path).width > 600 and path.stat().st_size < 150_000, path
 
 
 FORK = README.split("\n## Fork it\n")[1].split("\n## ")[0]

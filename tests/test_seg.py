@@ -1,4 +1,5 @@
 """train_seg.py: rooms of every form, blocks, whole rooms, metrics, the model, the loop."""
+import csv
 import json
 import os
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
+import render
 import run
 import train_seg as seg
 from data import synthetic_rooms
@@ -346,6 +349,40 @@ def test_confusion_leaves_out_points_without_a_class():
     assert seg.confusion(label, predicted, 3).tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
 
 
+def test_the_picture_shows_a_room_as_it_is_labelled_as_predicted_and_what_is_wrong(
+        rooms, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(render, "sheet", lambda cells, **k: drawn.append((cells, k)))
+    room = room_of(rooms[0])
+    label = room.label.long()
+    label[::5] = seg.IGNORE
+    predicted = label.where(torch.arange(len(label)) % 2 == 0, torch.tensor(1)).clamp(min=0)
+    black = room._replace(rgb=0 * room.rgb)
+    seg.picture([(room._replace(label=label), predicted), (black, predicted)], ROOM_CLASSES)
+    (cells, more), = drawn
+    wrong = ((label >= 0) & (label != predicted)).sum() / (label >= 0).sum()
+    assert more["columns"] == 4 and [name for name, _ in more["legend"]] == list(ROOM_CLASSES)
+    assert [cell.caption for cell in cells[:4]] == [
+        "room, in its colours", "room, truth", "room, predicted",
+        f"room, {100 * wrong:.0f} % of points wrong"]
+    shown, camera = render.into_room(room.xyz)
+
+    def drawing(rgb):
+        return render.draw_points(room.xyz[shown], camera, 280, 280, rgb)
+
+    colours, grey = seg.colour(label), [205] * 3
+    colours[label < 0] = grey
+    errors = np.full((len(label), 3), 205, np.uint8)
+    errors[(label >= 0) & (label != predicted)] = render.RED
+    for cell, rgb in zip(cells, (room.rgb, colours, seg.colour(predicted), errors)):
+        assert (cell.picture == drawing(rgb[shown])).all()
+    assert (cells[4].picture == drawing(None)).all()                # by depth, not black
+    seg.picture([(room._replace(label=0 * label - 1), predicted)], ROOM_CLASSES)
+    cells, more = drawn[1]
+    assert [cell.caption for cell in cells] == ["room, in its colours", "room, predicted"]
+    assert more["columns"] == 2
+
+
 def test_the_decoders_interpolation_is_exact_on_a_linear_field():
     """Where three sources are equally far, their mean: exact for any linear field."""
     corner = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) * 100
@@ -431,7 +468,12 @@ def test_a_run_evaluates_resumes_repeats_and_predicts(small, monkeypatch, capsys
     assert "points a second: FPS, KNN, tokenizer" in printed and "blocks   mIoU" in printed
     seg.main(["--eval", str(whole), "--export", "look"])
     assert sorted(p.name for p in Path("look").iterdir()) == [
-        "room000.npy", "room000.ply", "room001.npy", "room001.ply"]
+        "look.png", "room000.npy", "room000.ply", "room001.npy", "room001.ply"]
+    looks = [Image.open(folder / "look.png") for folder in (Path("look"), whole)]
+    assert looks[0].tobytes() == looks[1].tobytes() and looks[0].width == 4 * (280 + 12)
+    with open(whole / "confusion.csv", encoding="utf-8") as file:
+        counts = np.array([row[1:] for row in csv.reader(file)][1:], int)
+    assert seg.scores(counts)["miou"] == first["metrics"]["miou"]
     assert last_lines(capsys.readouterr().out) == last_lines(printed) != []
 
     np.save("scan.npy", rooms[0]["xyz"])                    # no colours, no labels
@@ -446,6 +488,7 @@ def test_a_run_evaluates_resumes_repeats_and_predicts(small, monkeypatch, capsys
     Path("cut.ply").write_bytes(Path("scan2.ply").read_bytes()[:-9])
     with pytest.raises(InputError, match="cut.ply: cut short.*; repair it$"):   # nothing to skip
         seg.main(["--eval", str(whole), "--predict", "cut.ply"])
+    assert Image.open(whole / "predicted/look.png").width == 2 * (280 + 12)
     labels = np.load(whole / "predicted/scan2.npy")
     assert labels.shape == (1500,) and labels.min() >= 0 and labels.max() < 13
     table, _ = read_ply((whole / "predicted/scan2.ply").read_bytes())
