@@ -184,6 +184,7 @@ def read_raw(folder, nyu40, most=MOST):
 
 def nyu40_ids(label):
     """Labels -> int16, ids that nyu40 does not have become -1."""
+    label = np.asarray(label).astype(np.int64)          # of unsigned ones, -1 is no value
     return np.where((label >= 0) & (label <= 40), label, -1).astype(np.int16)
 
 
