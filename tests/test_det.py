@@ -410,7 +410,8 @@ def test_an_exported_scene_shows_points_and_boxes_and_its_detections_can_be_read
 
 def test_the_picture_shows_true_boxes_green_and_sure_detections_red(rooms, monkeypatch):
     drawn = []
-    epochs=2, batch_size=2, every=1)
+    monkeypatch.setattr(render, "sheet", lambda cells, **_: drawn.append(cells))
+    scene = scene_of(rooms[0])
     k = len(scene.boxes)
     scores = np.full((k, 8), .1)
     scores[0, 3] = det.LEAST_SCORE                          # the only one to be shown
@@ -439,8 +440,7 @@ def test_the_picture_shows_true_boxes_green_and_sure_detections_red(rooms, monke
 
 SMALL = det.RECIPES["synthetic"]._replace(
     points=512, tokens=64, fine=64, radius=.8, neighbours=16, source=312, queries=64, layers=2,
-    epochs=2,
-    batch_size=2, every=1)
+    epochs=2, batch_size=2, every=1)
 
 
 def settings_of(recipe, **more):
@@ -620,7 +620,7 @@ def test_a_saved_run_is_evaluated_on_other_data(small, own, capsys, tmp_path):
     """By the names of its classes, whatever the other data would have made of them."""
     det.main([*small, "--data", "folder", "--root", str(own), "--like", "synthetic"])
     classes = run.load_checkpoint("runs/det-folder-1", "det")["config"]["classes"]
-    assert 1 < len(classes) < len(synthetic.FURNITURE)
+    assert 1 < len(classes) < len(synthetic_rooms.FURNITURE)
     printed = capsys.readouterr().out.splitlines()
     other = tmp_path / "other"
     for part in ("train", "val"):                           # other scenes to train, one class
@@ -634,7 +634,7 @@ def test_a_saved_run_is_evaluated_on_other_data(small, own, capsys, tmp_path):
     again = capsys.readouterr().out.splitlines()
     assert f"under {other}" in "".join(again)
     first = next(i for i, line in enumerate(printed) if line.startswith("class"))
-    rows = printed[first:-1]                                # the same AP of the same test scenes
+    rows = printed[first:-2]                                # the same AP of the same test scenes
     assert len(rows) > 3 and again[-len(rows) - 1:-1] == rows
 
     (other / "val/room0.json").write_text(json.dumps([*boxes, {**boxes[0], "class": "teapot"}]))

@@ -674,7 +674,7 @@ def test_a_saved_run_is_evaluated_on_other_data(small, own, rooms, tmp_path, cap
     seg.main(["--eval", "runs/seg-folder-1", "--root", str(other)])
     again = capsys.readouterr().out.splitlines()
     assert f"clouds under {other}" in "".join(again)
-    assert again[-1].split(";")[0] == printed[-1].split(";")[0] and "best on test" in again[-1]
+    assert again[-1].split(";")[0] == printed[-2].split(";")[0] and "best on test" in again[-1]
     assert last_lines("\n".join(again)) != []
 
 
