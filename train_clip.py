@@ -427,12 +427,14 @@ def flags(argv):
 
 def settings(args):
     """Flags over the recipe or a saved run -> config, checkpoint or None, run folder or None."""
-    real, args.real = args.real, None       # is no setting of the run
+    real, args.real = args.real, None       # is no setting of the run, nor is its --root
     if real and not args.eval:
         raise InputError("--real needs a run: add --eval runs/clip-...")
     if args.resume or args.eval:
-        saved, args.real = saved_settings(args, "clip"), real
-        return saved
+        root, args.root = args.root, None if real else args.root
+        cfg, saved, folder = saved_settings(args, "clip")
+        args.real = real
+        return {**cfg, "root": root}, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     return {**shared_settings(args, recipe), "frozen": None}, None, None
 
