@@ -216,8 +216,8 @@ def fingerprint(named_tensors):
 
 
 CLIP_NAMES = ("openai, MODEL/TAG of open_clip (ViT-B-16/laion2b_s34b_b88k), ViT-B-32.pt as OpenAI "
-              "ships it, MODEL=FILE, timm:NAME=FILE, nano (small, in this repository), nano=FILE; "
-              "untrained: random, MODEL=random, timm:NAME=random, nano=random; permuted within "
+              "ships it, MODEL=FILE, timm:NAME=FILE, nano=FILE (what train_clip.py wrote); "
+              "untrained: random, MODEL=random, timm:NAME=random; permuted within "
               "each matrix: NAME=shuffled, for any NAME that has weights")
 WARNINGS = {
     "random": "the transformer has RANDOM weights: these numbers say nothing about CLIP",

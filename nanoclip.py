@@ -85,8 +85,9 @@ def load(path=None, seed=None):
     if path is None:
         path = FILE
         if not path.is_file():
-            raise InputError(f"--clip nano: {path} is missing; take it from the repository, or make"
-                             " one with python train_clip.py")
+            raise InputError(f"--clip nano: {path} is missing, this version does not have it yet; "
+                             "make one with python train_clip.py, then pass --clip "
+                             "nano=RUN/nanoclip.safetensors")
         if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
             raise InputError(f"--clip nano: {path} is not the file of this repository; restore it, "
                              f"or pass --clip nano={path} if you made it")

@@ -5,10 +5,11 @@
     python train_clip.py --eval RUN --real modelnet40 --root DIR    name real objects
     python train_cls.py --clip nano=RUN/nanoclip.safetensors        EPCL with it, frozen
 
-What comes out is data/nanoclip.safetensors, which --clip nano takes: a small CLIP that was really
-pretrained, for whoever runs, tests or learns the method without a download. It knows forty classes
-and a few words beside them, from pictures that a z-buffer drew. Its accuracy is that of naming
-held-out renders by a prompt. That is not zero-shot: captions name the same classes.
+What comes out is a small CLIP that was really pretrained, for whoever runs, tests or learns the
+method without a download. It knows forty classes and a few words beside them, from pictures that a
+z-buffer drew. Its accuracy is that of naming held-out renders by a prompt. That is not zero-shot:
+captions name the same classes. Where data/nanoclip.safetensors is such a file, plain --clip nano
+takes it; the repository does not hold one yet.
 """
 from pathlib import Path
 from typing import NamedTuple
