@@ -174,9 +174,9 @@ if triton:
         qz = tl.load(q + 2, m < M, 0.0)[:, None]
         INF: tl.constexpr = 0x7F800000
         DONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-        # first pass: the minimum of each of BLOCK_N lanes. The k smallest minima belong to k points,
-        # so no neighbour lies beyond the k-th. It leaves about 1.3 k insertions whatever the order
-        # of the points; without it: k log(N / k) in random order, N in the worst case
+        # first pass: the minimum of each of BLOCK_N lanes. The k smallest belong to k points, so no
+        # neighbour lies beyond the k-th. It leaves about 1.3 k insertions whatever the order of the
+        # points; without it: k log(N / k) in random order, N in the worst case
         nearest = tl.full([BLOCK_M, BLOCK_N], float("inf"), tl.float32)
         for first in range(0, length, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
