@@ -381,6 +381,9 @@ def settings(args):
         cfg, saved, folder = saved_settings(args, "cls")
         cfg["official"] = args.official or (None if args.clip else cfg["official"])
         return cfg, saved, folder
+    if args.official and (args.clip or args.unfreeze):
+        raise InputError("--init-official brings its own transformer, which stays frozen; leave "
+                         "--clip and --unfreeze out")
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     recipe = recipe._replace(stored=max(recipe.stored, recipe.points))
     if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):

@@ -303,7 +303,8 @@ class SetAbstraction(nn.Module):
 
 
 def tokenizer_of(recipe, width):
-    """One level of patches or, as in LAMM, two: 1/8 of the tokens are 8 times as wide and full."""
+    """One level of patches or, as in LAMM, two: fewer tokens, of patches wider and fuller by as
+    much, from the tokens of a first level."""
     r, wider = recipe, recipe.fine // recipe.tokens
     if wider > 1:
         fine = SetAbstraction(r.fine, r.radius, r.neighbours, (3, 64, 256))
