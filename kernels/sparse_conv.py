@@ -12,16 +12,15 @@ feats (V, C), coords (V, 4) int32, weight (K, C, D), taps in the order of conv3d
 one after permute(2, 3, 4, 1, 0).flatten(0, 2), conv_transpose3d's after permute(2, 3, 4, 0, 1).
 Neighbours are looked up once for each stride, by sorted 64-bit keys: exact, the same on every
 device. In a kernel map, rows with the same set of taps stand together: a block of rows has a tap or
-does not. With P pairs of rows (8.9 V on 100,000 voxels of hilly ground) blocks of 64 rows multiply
-1.2 P; in the order of coordinates it would be 2.8 P. A row occurs once in a tap, so the gradient of
-feats is the same sum over the map turned round.
+does not. With P pairs of rows (8.9 V on 100,000 voxels of hilly ground) blocks of 64 multiply 1.2
+P, in the order of coordinates 2.8 P. A row occurs once in a tap, so the gradient of feats is the
+same sum over the map turned round.
 
-    conv_torch, weights_torch      reference: tap by tap gather, product, index_add. In fp32
-                                   P · (12 C + 16 D) bytes
-    _convolve, _weight_gradient    GPU: gathered rows and sums stay on chip. With e bytes a number
-                                   e·P·C are read for each 128 (fp32: 64) of D, e·V·D written, and
-                                   e·P·(C + D) read for each 64 x 64 of weight's gradient; 4·K·V of
-                                   the map each time
+    conv_torch, weights_torch      reference, tap by tap: in fp32 P · (12 C + 16 D) bytes
+    _convolve, _weight_gradient    GPU, gathered rows and sums stay on chip. With e bytes a number
+                                   e·P·C read for each 128 (fp32: 64) of D, e·V·D written; for the
+                                   gradient of weight e·P·(C + D) read for each 64 x 64 of C x D;
+                                   4·K·V of the map each time
 
 No program adds to what another one adds to: without atomics the same input gives the same bits.
 Sums are fp32, rounded once; fp32 is not multiplied as TF32: Triton and torch differ by the order of
@@ -93,19 +92,16 @@ class SparseTensor:
 
     Clouds are 0 .. 2047, x, y, z -64,000 .. 64,000 voxels, in any order, none twice. `stride` is 1,
     and 2, 4, ... for what strided_conv returns, whose coords are multiples of it. All tensors made
-    from this one share the voxels and maps of each stride. Making them waits for a GPU, once.
-    """
+    from this one share the voxels and maps of each stride. Making them waits for a GPU, once."""
 
     def __init__(self, coords, feats):
         if coords.dim() != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
             raise ValueError("SparseTensor: coords must be (V, 4) int32, cloud, x, y, z, not "
                              f"{tuple(coords.shape)} {coords.dtype}")
-        if len(coords):
-            (first, *low), (last, *high) = coords.amin(0).tolist(), coords.amax(0).tolist()
-            if first < 0 or last >= CLOUDS or min(low) < -FARTHEST or max(high) > FARTHEST:
-                raise ValueError(f"SparseTensor: clouds {first} .. {last}, x, y, z {min(low)} .. "
-                                 f"{max(high)}; pass clouds below {CLOUDS}, and x, y, z within "
-                                 f"{FARTHEST}: shift them, or take larger voxels")
+        for least, most, what in ((0, CLOUDS - 1, coords[:, :1]), (-FARTHEST, FARTHEST, coords)):
+            if len(coords) and (what.min() < least or what.max() > most):
+                raise ValueError(f"SparseTensor: {int(what.min())} .. {int(what.max())} is not in "
+                                 f"{least} .. {most}; shift coords, or take larger voxels")
         grid = grid_of(coords)
         twice = (grid.keys[1:] == grid.keys[:-1]).nonzero()
         if len(twice):
@@ -121,8 +117,8 @@ class SparseTensor:
         other.feats, other.stride = feats, stride or self.stride
         other.coords = self.grids[other.stride].coords
         V, device = len(other.coords), other.coords.device
-        if (feats.dim() != 2 or len(feats) != V or feats.device != device
-                or not feats.is_floating_point()):
+        right = feats.is_floating_point() and feats.device == device
+        if not right or feats.dim() != 2 or len(feats) != V:
             raise ValueError(f"SparseTensor: feats must be ({V}, C), floating-point, on {device}, "
                              f"not {tuple(feats.shape)}, {feats.dtype}, on {feats.device}")
         return other
@@ -135,8 +131,7 @@ class SparseTensor:
                 side = fine.coords.new_tensor([1] + 3 * [2 * stride])
                 above = fine.coords // side * side  # rounds down below 0, too
                 keys, voxel = pack(above).unique(return_inverse=True)
-                coords = above.new_empty(len(keys), 4)
-                coords[voxel] = above  # equal where they meet
+                coords = above.new_empty(len(keys), 4).index_put((voxel,), above)
                 to = self.grids[2 * stride] = grid_of(coords)
             self.maps[size, stride] = kernel_map(fine, to, TAPS[size], stride)
         return self.maps[size, stride]
@@ -206,9 +201,9 @@ if triton:
 
 def blocks(C, D, size):  # of the forward and of the weight kernel: no spills, within 48 KB
     c, d = (max(16, triton.next_power_of_2(x)) for x in (C, D))
-    most_c, most_d = (32, 128) if size == 2 else (16, 64)
-    return (dict(BLOCK_T=64, BLOCK_C=min(c, most_c), BLOCK_D=min(d, most_d), num_warps=4),
-            dict(BLOCK_T=32, BLOCK_C=min(c, 64), BLOCK_D=min(d, 64), num_warps=4))
+    most_c, most_d, warps = *((32, 128) if size == 2 else (16, 64)), 8 if d > 32 else 4
+    return (dict(BLOCK_T=64, BLOCK_C=min(c, most_c), BLOCK_D=min(d, most_d), num_warps=warps),
+            dict(BLOCK_T=32, BLOCK_C=min(c, 64), BLOCK_D=min(d, 64), num_warps=warps))
 
 
 def conv_triton(feats, weight, table, rows):
@@ -235,14 +230,13 @@ def weights_triton(feats, grad, table, rows):
     return out.sum(0).to(feats.dtype)
 
 
-def run(in_triton, in_torch, *inputs):  # inputs: feats, another, table, rows
-    dtype, device = inputs[0].dtype, inputs[0].device
-    plain = torch.autocast(device.type, enabled=False)(in_torch)  # autocast: its products are bf16
-    if dtype == torch.float64 or not all(x.numel() for x in inputs) or not use_triton(inputs[0]):
-        return plain(*inputs)
-    if dtype == torch.bfloat16 and device.type == "cpu":  # the interpreter's dot takes bf16 for bits
-        return plain(*inputs)
-    return launch("sparse_conv", inputs[0], lambda: in_triton(*inputs), lambda: plain(*inputs))
+def run(in_triton, in_torch, *args):  # args: feats, another, table, rows
+    dtype, kind = args[0].dtype, args[0].device.type
+    plain = torch.autocast(kind, enabled=False)(in_torch)  # its products would be bf16
+    bits = dtype == torch.bfloat16 and kind == "cpu"  # what Triton's interpreter would multiply
+    if bits or dtype == torch.float64 or not use_triton(args[0]) or not all(map(torch.numel, args)):
+        return plain(*args)
+    return launch("sparse_conv", args[0], lambda: in_triton(*args), lambda: plain(*args))
 
 
 @torch.library.custom_op("nanoepcl::sparse_conv", mutates_args=())
@@ -301,8 +295,8 @@ def strided_conv(x, weight):
 def transposed_conv(x, weight):
     """x with C channels, weight (8, C, D) -> D channels at the finer voxels that x came from."""
     if (2, x.stride // 2) not in x.maps:
-        raise ValueError(f"transposed_conv: x has stride {x.stride} and does not come from "
-                         "strided_conv; there are no finer voxels to return to")
+        raise ValueError(f"transposed_conv: x has stride {x.stride} and does not come from a "
+                         "strided_conv, to whose voxels it would return")
     pairs = x.map(2, x.stride // 2)
     return x.at(convolve(x.feats, weight, pairs[2:] + pairs[:2]), x.stride // 2)
 
@@ -318,8 +312,7 @@ def devoxelise(x, cloud, xyz):
     place = xyz.detach().float().clamp(-FARTHEST - 500, FARTHEST + 500) / x.stride
     low = place.floor()
     corners = torch.tensor(TAPS[2], device=xyz.device)  # (8, 3)
-    at = (low[:, None] + corners) * x.stride  # (N, 8, 3)
-    at = torch.cat([cloud[:, None, None].expand(-1, 8, 1), at], -1)
+    at = torch.cat([cloud[:, None, None].expand(-1, 8, 1), (low[:, None] + corners) * x.stride], -1)
     index = find(x.grids[x.stride], pack(at.flatten(0, 1))).view(-1, 8)
     weight = (1 - corners - (place - low)[:, None]).abs().prod(-1) * (index >= 0)  # (N, 8)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-30)
@@ -328,9 +321,8 @@ def devoxelise(x, cloud, xyz):
 
 
 def main():
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, side = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 24
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    side = 48 if device.type == "cuda" else 24
     for C, D in ((3, 5), (51, 102)):  # against conv3d in float64, zeros where there is no voxel
         full = torch.rand(side, side, side, device=device) < 0.2
         coords = torch.nn.functional.pad(full.nonzero(), (1, 0)).int()
@@ -341,8 +333,7 @@ def main():
         kernel = weight.double().view(3, 3, 3, C, D).permute(4, 3, 0, 1, 2)
         true = torch.nn.functional.conv3d(dense[None], kernel, padding=1)[0].movedim(0, 3)[full]
         true = true, *torch.autograd.grad(true, (feats, weight), grad.double())
-        x = SparseTensor(coords, feats)
-        out = submanifold_conv(x, weight).feats
+        out = submanifold_conv(SparseTensor(coords, feats), weight).feats
         found = out, *torch.autograd.grad(out, (feats, weight), grad)
         if failed:
             sys.exit(1)  # why has been printed
