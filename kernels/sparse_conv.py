@@ -35,10 +35,10 @@ import torch
 
 if __package__:
     from . import interpolate  # noqa: F401  its operator sums weighted rows
-    from .launch import failed, launch, triton, use_triton
+    from .launch import failed, launch, machine, triton, use_triton
 else:  # run as a script
     import interpolate  # noqa: F401
-    from launch import failed, launch, triton, use_triton
+    from launch import failed, launch, machine, triton, use_triton
 
 if triton:  # not on macOS and Windows: every call takes the torch path
     import triton.language as tl
@@ -320,8 +320,7 @@ def devoxelise(x, cloud, xyz):
 
 
 def main():
-    device, side = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 24
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    (device, where), side = machine(), 24
     for C, D in ((3, 5), (51, 102)):  # against conv3d in float64, zeros where there is no voxel
         full = torch.rand(side, side, side, device=device) < 0.2
         coords = torch.nn.functional.pad(full.nonzero(), (1, 0)).int()
@@ -339,9 +338,9 @@ def main():
         error = max(float(((a - b).abs().max() / b.abs().max()).nan_to_num(9.0).detach())
                     for a, b in zip(found, true))
         if error > 1e-5:  # sums in fp32: a few 1e-7
-            sys.exit(f"DIFFERS on {machine}: {len(coords)} voxels, {C} to {D} channels, values and "
+            sys.exit(f"DIFFERS on {where}: {len(coords)} voxels, {C} to {D} channels, values and "
                      f"gradients against conv3d, error {error:.1e} of the largest")
-    print(f"ok: sparse_conv and its gradients agree with conv3d on {machine}, torch "
+    print(f"ok: sparse_conv and its gradients agree with conv3d on {where}, torch "
           f"{torch.__version__}, triton {triton.__version__ if triton else 'absent'}: "
           f"{len(coords):,} voxels, {C} to {D} channels")
 
