@@ -222,7 +222,7 @@ def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, c
     (["--predict", "x.npy"], "--predict needs a run"),
     (["--eval", "{run}", "--predict", "x.docx"], "x.docx: not a format"),
     (["--eval", "{run}", "--predict", "missing.npy"], "missing.npy: "),
-    (["--groups", "600"], "--groups 600 must be at most --points 512"),
+    (["--groups", "600"], "--groups 600 must be at most --points 256"),
     (["--neighbours", "65"], "at most 64"),
     (["--deep-prompt", "--no-task-token"], "exclude each other"),
     (["--no-transformer", "--unfreeze"], "leaves nothing"),

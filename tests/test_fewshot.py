@@ -359,15 +359,16 @@ def test_compare_trains_all_variants_on_the_same_episodes_from_the_same_start(
     names = ["frozen", "shuffled", "random", "unfreeze", "no-task-token", "no-transformer"]
     fewshot.main([*small, "--seed", "1", "--compare", ",".join(names)])     # seed 0 made tiny_clip
     printed = capsys.readouterr().out
-    assert len(seen) == 10
-    for episode in (seen[:5], seen[5:]):
+    assert len(seen) == 12
+    for episode in (seen[:6], seen[6:]):
         assert len({tuple(row[:3]) for row in episode}) == 1        # clouds and tokenizer
-        assert len({row[3] for row in episode[:3]}) == 1            # head, where shapes agree
-        assert [row[4] == episode[0][4] for row in episode] == [True, False, True, True, False]
-    assert seen[2][4] == seen[7][4]                         # each episode unfreezes CLIP anew
+        assert len({row[3] for row in episode[:4]}) == 1            # head, where shapes agree
+        assert [row[4] == episode[0][4] for row in episode] == [True, False, False, True, True,
+                                                                False]
+    assert seen[3][4] == seen[9][4]                         # each episode unfreezes CLIP anew
     lines = printed.splitlines()
     at = next(i for i, line in enumerate(lines) if "difference to frozen" in line)
-    assert [line.split()[0] for line in lines[at + 1:at + 5]] == names[1:]
+    assert [line.split()[0] for line in lines[at + 1:at + 6]] == names[1:]
     trained = {t["variant"]: t["trained"] for t in results()["trainings"]}
     assert trained["unfreeze"] > trained["frozen"] == trained["shuffled"] == trained["random"]
     assert trained["random"] > trained["no-task-token"] > trained["no-transformer"]
