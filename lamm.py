@@ -50,6 +50,9 @@ def released_sizes(args):
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         flags = vars(content["args"])
+        sizes = [flags.get(name, 1) for name in (*SIZES, "dec_nhead")]
+        if not all(type(size) is int and 0 < size < 2**20 for size in sizes):
+            raise ValueError
     except Exception:
         flags, (state, _) = {}, common.read_weights(path, "--init-official")
         visual_of(path, state)                                  # both say what is wrong with it

@@ -131,15 +131,92 @@ def shared_settings(args, recipe, synthetic_clip=None):
             **{name: getattr(args, name) for name in ABLATIONS}}
 
 
-def saved_settings(args, task, other_data=False):
+WHOLE = range(2**31)                        # forms of what a checkpoint holds; see `misfit`
+COUNT = range(1, 2**31)
+OPTIONAL = (None, str)
+
+
+def weights(x):
+    return isinstance(x, dict) and all(
+        isinstance(w, torch.Tensor) and isinstance(name, str) and w.layout == torch.strided
+        and w.device.type == "cpu" and not w.is_complex() and not w.is_quantized
+        for name, w in x.items())
+
+
+FROZEN = {"name": str, "sha256": str, "model": (..., str)}
+TRAINED = {"frozen": FROZEN, "model": weights, "at": {
+    "step": WHOLE, "sums": [float], "seconds": float, "best": float, "best_epoch": WHOLE}}
+
+
+def misfit(value, form, name):
+    """-> the name of the first part of `value` that has not its form, None where all have it.
+
+    A form is a type, a range of whole numbers, a question (a function), {key: form}, [form], with
+    ... behind it for at least one, [form, form] for exactly two, or (form, form) for either. Other
+    values stand for themselves. A float is any number but NaN and infinity; what may be absent has
+    (..., form).
+    """
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return name
+        parts = [(value.get(key, ...), part, f"{name}.{key}") for key, part in form.items()]
+        return next(filter(None, (misfit(*part) for part in parts)), None)
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return name
+        forms = form[:1] * len(value) if form[1:] in ([], [...]) else form
+        if len(forms) != len(value) or form[1:] == [...] and not value:
+            return name
+        return next(filter(None, (misfit(v, f, name) for v, f in zip(value, forms))), None)
+    if isinstance(form, tuple):
+        good = any(misfit(value, part, name) is None for part in form)
+    elif isinstance(form, range):
+        good = type(value) is int and value in form
+    elif form is float:
+        good = type(value) in (int, float) and abs(value) < 1e300
+    elif isinstance(form, type):
+        good = type(value) is form
+    else:
+        good = form(value) if callable(form) else type(value) is type(form) and value == form
+    return None if good else name
+
+
+def check_saved(saved, recipe, own, kept):
+    """-> the name of what in a checkpoint is not as train_<task>.py saves it, or None."""
+    kinds = {int: range(2**24), float: float, bool: bool, str: str}
+    fields = {name: (..., kinds[kind]) if name in recipe._field_defaults else kinds[kind]
+              for name, kind in recipe.__annotations__.items()}
+    config = {"data": str, "root": OPTIONAL, "recipe": {**fields, "epochs": range(1, 2**24)},
+              "seed": WHOLE, "clip": OPTIONAL, "precision": ("auto", "fp32", "bf16"),
+              "compile": bool, "accumulate": COUNT, "workers": COUNT,
+              **dict.fromkeys(ABLATIONS, bool), **own}
+    bad = misfit(saved, {"config": config}, "checkpoint")
+    if bad:
+        return bad
+    settings = saved["config"]["recipe"]
+    strange = [name for name in settings if name not in fields]
+    if strange:
+        return f"checkpoint.config.recipe.{strange[0]}"
+    at = {"epoch": range(settings["epochs"] + 1), **kept.get("at", {})}
+    return misfit(saved, {**kept, "at": at, "optimizer": (..., None, dict),
+                          "draw": (..., torch.Tensor)}, "checkpoint")
+
+
+def saved_settings(args, task, recipe, own, kept=TRAINED, other_data=False):
     """--resume or --eval: config, checkpoint, folder. Flags that contradict them are refused.
 
+    recipe: the script's. own: forms of its other settings. kept: of what it saves beside them.
     other_data: --eval may name other --data; what the run was trained on is then `trained_on`.
     """
     if args.resume and args.eval:
         raise InputError("--resume goes on with a run, --eval only looks at it; give one of them")
     path = Path(args.resume or args.eval)
     saved = load_checkpoint(path, task)
+    bad = check_saved(saved, recipe, own, kept)
+    if bad:
+        raise InputError(f"{path}: {bad} is not as this train_{task}.py saves it; take the other "
+                         ".pt file of the run, or start anew")
+    saved["file"] = str(path)
     cfg, other = saved["config"], []
     if other_data and args.eval and args.data not in (None, cfg["data"]):
         cfg.update(trained_on=cfg["data"], data=args.data, root=None)
@@ -330,7 +407,7 @@ class Run:
         """
         self.model, self.optimizer, self.head, resumed = model, optimizer, head, ""
         if self.saved:
-            optimizer.load_state_dict(self.saved["optimizer"])
+            self.restore()
             resumed = f", resumed after {self.at['epoch']} epochs and {self.at['step']} steps"
         self.print(f"run      {self.folder}{resumed}")
         for epoch in range(self.at["epoch"], self.cfg["recipe"]["epochs"]):
@@ -339,6 +416,27 @@ class Run:
             yield epoch
             if epoch + 1 < self.cfg["recipe"]["epochs"] and self.stopper.now(0):
                 self.stop()
+
+    def restore(self):
+        """The state of the optimiser, as saved; its settings follow from the recipe."""
+        optimizer, saved = self.optimizer, self.saved["optimizer"]
+        try:
+            if not all(map(weights, saved["state"].values())):
+                raise ValueError
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+            for group in optimizer.param_groups:
+                found = [(p, optimizer.state[p]) for p in group["params"] if p in optimizer.state]
+                for p, state in found:
+                    if state.keys() != found[0][1].keys() or any(
+                            x.shape not in ((), p.shape) for x in state.values()):
+                        raise ValueError
+        except Exception:                   # whatever torch makes of other content
+            self.refuse("optimizer")
+
+    def refuse(self, what):
+        raise InputError(f"{self.folder}: checkpoint.{what} is not of this model and device; take "
+                         "the other .pt file of the run, or start anew") from None
 
     def begin(self, epoch):
         self.epoch, self.started, self.sums = epoch, time.time(), 0
@@ -352,7 +450,10 @@ class Run:
         """The steps of this epoch that are left; a stopped one goes on with what it had drawn."""
         at, recipe, first = self.at, self.cfg["recipe"], self.at["step"]
         if first:
-            self.draw.set_state(self.saved["draw"])
+            try:
+                self.draw.set_state(self.saved["draw"])
+            except Exception:
+                self.refuse("draw")
         bar = tqdm(range(first, count), initial=first, total=count, unit="step", leave=False,
                    desc=f"epoch {self.epoch + 1}/{recipe['epochs']}", disable=rank() > 0 or None)
         for step in bar:
@@ -430,7 +531,8 @@ class Run:
                              "another folder") from None
         if self.saved:
             path = self.folder / "metrics.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+            text = path.read_bytes() if path.exists() else b""
+            lines = text.decode(errors="backslashreplace").splitlines(True)
             self.write(path.name, "".join(lines[:self.at["epoch"] if kept is None else kept]))
         else:
             self.write("config.json", {**self.cfg, "command": sys.argv, "versions": versions()})
@@ -500,6 +602,8 @@ def load_checkpoint(path, task):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["task"]
+        if not isinstance(saved, dict) or not isinstance(found, str):
+            raise ValueError
     except Exception:
         raise InputError(f"{path}: not a checkpoint of these scripts, or cut short; take the other "
                          ".pt file of the run, or start anew") from None
@@ -522,7 +626,10 @@ def load_weights(model, weights, used="", where="the saved weights", what="the m
     if wrong:
         raise InputError(f"{where} do not fit {what}: {len(wrong)} tensors differ, "
                          f"{', '.join(wrong[:3])}; pass those of this model")
-    model.load_state_dict(found, strict=False)
+    try:
+        model.load_state_dict(found, strict=False)
+    except RuntimeError:                    # sparse, quantised, on no device
+        raise InputError(f"{where} are not plain numbers; pass those of {what}") from None
 
 
 def check_frozen(cfg, saved, clip):

@@ -23,10 +23,11 @@ from tqdm import tqdm
 import nanoclip
 import render
 from data import objects
-from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
+from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder, save_npz,
+                           sources_of)
 from data.synthetic_objects import ALL_CLASSES, STRETCH, make_object
-from run import (InputError, Run, Setup, load_weights, main_guard, recipe_parser, saved_settings,
-                 seed_of, shared_flags, shared_settings, with_flags, world_size)
+from run import (TRAINED, InputError, Run, Setup, load_weights, main_guard, recipe_parser,
+                 saved_settings, seed_of, shared_flags, shared_settings, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -120,8 +121,8 @@ def load_data(cfg):
             drawn = in_parallel(draw_object, jobs, cfg["workers"], "object", least=500, chunk=16)
             light, about = map(np.concatenate, zip(*drawn))
             save_npz(path, sources, light=light, about=about)
-        with np.load(path, allow_pickle=False) as kept:
-            parts.append(Pictures(*(torch.from_numpy(kept[name]) for name in Pictures._fields)))
+        kept = load_prepared(path)
+        parts.append(Pictures(*(torch.from_numpy(kept[name]) for name in Pictures._fields)))
     return *parts, (f"renders of the procedural objects of data/synthetic_objects.py, {len(NAMES)} "
                     "classes")
 
@@ -364,7 +365,7 @@ def main(argv=None):
     config = config_of(recipe)
     model, tokenize = nanoclip.build(config, WORDS)
     if saved:
-        load_weights(model, saved["model"])
+        load_weights(model, saved["model"], where=f"{saved['file']}: its weights")
     model = model.to(setup.device)
     image, whole = (sum(p.numel() for p in part.parameters()) for part in (model.visual, model))
     run.print(f"model    {whole:,} weights, {image:,} of them for pictures, {2e-6 * whole:.2f} MB "
@@ -433,7 +434,7 @@ def settings(args):
         raise InputError("--real needs a run: add --eval runs/clip-...")
     if args.resume or args.eval:
         root, args.root = args.root, None if real else args.root
-        cfg, saved, folder = saved_settings(args, "clip")
+        cfg, saved, folder = saved_settings(args, "clip", Recipe, {}, {**TRAINED, "frozen": None})
         args.real = real
         return {**cfg, "root": root}, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)

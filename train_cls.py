@@ -20,9 +20,9 @@ import render
 from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
 from data import objects
 from kernels import farthest_point_sample
-from run import (InputError, Run, Setup, all_reduce, check_frozen, load_weights, main_guard,
-                 my_rows, parameter_groups, recipe_parser, saved_settings, seed_of, shared_flags,
-                 shared_settings, whole, with_flags, world_size)
+from run import (OPTIONAL, InputError, Run, Setup, all_reduce, check_frozen, load_weights,
+                 main_guard, my_rows, parameter_groups, recipe_parser, saved_settings, seed_of,
+                 shared_flags, shared_settings, whole, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -322,9 +322,10 @@ def build(cfg, saved, setup):
     check_frozen(cfg, saved, clip)
     text = prompt_features(clip, cfg["classes"]) if cfg["text_loss"] != "off" else None
     clip.text = None                                            # the text tower is not needed again
+    released = {"model": weights, "file": cfg["official"]}
     torch.manual_seed(seed_of(cfg["seed"]))
     model = Classifier(clip, len(cfg["classes"]), cfg)
-    model = common.to_device(model, saved["model"] if saved else weights, setup)
+    model = common.to_device(model, saved or released, setup)
     return clip, model, None if text is None else text.to(setup.device)
 
 
@@ -373,12 +374,17 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+SAVED = {                                   # forms of the settings that are this script's own
+    "classes": [str, ...], "official": OPTIONAL, "text_loss": ("raw", "cosine", "off"),
+    "test_fraction": float, "split": (..., None, [[str], [str]]), "up": (..., "y", "z")}
+
+
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/cls-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "cls")
+        cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED)
         cfg["official"] = args.official or (None if args.clip else cfg["official"])
         return cfg, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)

@@ -32,8 +32,8 @@ from data import scannet
 from data.files import (BrokenFile, check_outputs, check_span, own_clouds, read_boxes, read_cloud,
                         usable_boxes, write_boxes)
 from kernels import ball_query, farthest_point_sample, knn
-from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows, rank,
-                 recipe_parser, saved_settings, seed_of, shared_flags, shared_settings,
+from run import (OPTIONAL, InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
+                 rank, recipe_parser, saved_settings, seed_of, shared_flags, shared_settings,
                  whole, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
@@ -797,9 +797,10 @@ def build(cfg, saved, setup):
         clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     clip.text = None
     check_frozen(cfg, saved, clip)
+    released = {"model": weights, "file": cfg.get("official")}
     torch.manual_seed(seed_of(cfg["seed"]))
     model = Detector(clip, len(cfg["classes"]), cfg)
-    return clip, common.to_device(model, saved["model"] if saved else weights, setup)
+    return clip, common.to_device(model, saved or released, setup)
 
 
 def flags(argv):
@@ -825,12 +826,16 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+SAVED = {                                   # forms of the settings that are this script's own
+    "classes": [str, ...], "official": (..., *OPTIONAL), "trained_on": (..., str)}
+
+
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/det-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "det", other_data=True)
+        cfg, saved, folder = saved_settings(args, "det", Recipe, SAVED, other_data=True)
         official = args.official or (None if args.clip else cfg.get("official"))
         return {**cfg, "skip_broken": args.skip_broken, "official": official}, saved, folder
     recipe = RECIPES[args.like or args.data or "synthetic"]

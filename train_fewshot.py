@@ -30,12 +30,12 @@ import common
 import render
 from common import CLIP_NAMES, Classifier, gather, loss_terms, prompt_features
 from data import objects
-from data.files import broken
+from data.files import read_json, reading
 from data.objects import MODELNET40, read_fold
 from kernels import farthest_point_sample
-from run import (ABLATIONS, InputError, Run, Setup, check_frozen, learning_rate, main_guard,
-                 parameter_groups, recipe_parser, saved_settings, seed_of, shared_flags,
-                 shared_settings, whole, with_flags)
+from run import (ABLATIONS, COUNT, FROZEN, OPTIONAL, WHOLE, InputError, Run, Setup, check_frozen,
+                 learning_rate, main_guard, parameter_groups, recipe_parser, saved_settings,
+                 seed_of, shared_flags, shared_settings, whole, with_flags)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -152,13 +152,14 @@ def find_fold(folder, way, shot, i, must=True):
 
 def read_episode(path, data, way, shot):
     """An episode of `write_episode`, checked against the data at hand."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "not an episode file; take the run's own again"):
+        saved = read_json(path)
         names, parts, of = saved["classes"], [saved["train"], saved["test"]], saved["of"]
-        rows = [np.concatenate([np.asarray(r, np.int64) for r in part]) for part in parts]
         counts = [len(part) for part in parts]
-    except Exception as error:
-        raise broken(path, error, "not an episode file; take the run's own again") from None
+        numbers = [row for part in parts for r in part for row in r] + [of["train"], of["test"]]
+        if not all(type(number) is int for number in numbers) or type(names) is not list:
+            raise ValueError("its rows are not whole numbers, or its classes not a list")
+        rows = [np.concatenate([np.array(r, np.int64) for r in part]) for part in parts]
     if counts != [way, way] or len(names) != way or any(len(r) != shot for r in parts[0]):
         raise InputError(f"{path}: is not a {way}-way {shot}-shot episode")
     for name in names:
@@ -630,6 +631,16 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+SAVED = {                                   # forms of the settings that are this script's own
+    "way": COUNT, "shot": COUNT, "table": bool, "shots_all": (None, COUNT), "episodes": COUNT,
+    "settings": [[COUNT, COUNT], ...], "folds": OPTIONAL, "compare": [VARIANTS, ...],
+    "text_loss": ("raw", "cosine", "off"), "test_fraction": float, "published": bool,
+    "split": (..., None, [[str], [str]])}
+KEPT = {"frozen": FROZEN, "done": [{        # and of what it saves beside them
+    "setting": [COUNT, COUNT], "episode": WHOLE, "variant": VARIANTS, "last": float, "best": float,
+    "best_epoch": COUNT, "seconds": float, "trained": WHOLE, "frozen": WHOLE, "classes": [str]}]}
+
+
 def settings(args):
     """Flags over a recipe or a saved run -> config, saved state or None, run folder or None."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -638,7 +649,7 @@ def settings(args):
     if args.compile:
         raise InputError("--compile: every episode would be compiled anew; leave it out")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "fewshot")
+        cfg, saved, folder = saved_settings(args, "fewshot", Recipe, SAVED, KEPT)
         if args.eval and args.clip:
             raise InputError("--eval prints what is saved and reads no weights; leave --clip out")
         if args.eval and not saved["at"]["epoch"]:

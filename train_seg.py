@@ -583,7 +583,7 @@ def build(cfg, saved, setup):
     check_frozen(cfg, saved, clip)
     torch.manual_seed(seed_of(cfg["seed"]))
     model = Segmenter(clip, len(cfg["classes"]), cfg)
-    return clip, common.to_device(model, saved and saved["model"], setup)
+    return clip, common.to_device(model, saved, setup)
 
 
 def flags(argv):
@@ -608,6 +608,11 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+SAVED = {                                   # forms of the settings that are this script's own
+    "classes": [str, ...], "test_area": (int, str), "scale": (..., float),
+    "trained_on": (..., str)}
+
+
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     if args.scale is not None and not 0 < args.scale < float("inf"):
@@ -615,7 +620,7 @@ def settings(args):
     if (args.predict or args.vote) and not args.eval:
         raise InputError("--predict and --vote need a run: add --eval runs/seg-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "seg", other_data=True)
+        cfg, saved, folder = saved_settings(args, "seg", Recipe, SAVED, other_data=True)
         if "trained_on" in cfg:
             cfg.update(scale=1.0, test_area=args.test_area or 5)
         cfg["scale"] = args.scale or cfg.get("scale", 1.0)

@@ -3,15 +3,18 @@
     cloud = read_cloud("room.ply", classes=13)      a room: points, colours, labels
     names, boxes = read_boxes("room.json")
 
-Whatever is wrong with a file is a BrokenFile of one line, or a ValueError where the caller knows
-the file's name.
+Whatever is wrong with a file is a BrokenFile of one line: `reading` is the guard around every
+reader. What makes arrays looks first: at kinds of numbers, and at sizes before it asks for memory.
 """
 import json
+import math
 import pickle
 import re
 import struct
 import sys
+import warnings
 import zipfile
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -36,13 +39,40 @@ class BrokenFile(InputError):
 def broken(where, error, cure="repair the file or move it out of the data"):
     """The BrokenFile for an exception, or a sentence, about the file `where`."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
+    if isinstance(error, KeyError):
+        text = f"has no {text}"
+    if isinstance(error, (RecursionError, UnicodeError)):
+        text = "is nested too deep" if isinstance(error, RecursionError) else "is not UTF-8"
     return BrokenFile(f"{where}: {text or type(error).__name__}; {cure}")
+
+
+@contextmanager
+def reading(where, cure="repair it"):
+    """The one guard: whatever a reader makes of the file `where`, in here, is a BrokenFile."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # numpy's remarks on empty text, overflows
+            yield
+    except InputError:                                  # it knows better what is wrong
+        raise
+    except Exception as error:
+        raise broken(where, error, cure) from None
 
 
 def text_of(blob, errors="strict"):
     """Bytes -> text. Windows puts a mark before UTF-8, and before UTF-16, which it also writes."""
     wide = blob.startswith((b"\xff\xfe", b"\xfe\xff"))
     return blob.decode("utf-16" if wide else "utf-8-sig", errors)
+
+
+def read_lines(path):
+    """The lines of a text file, in UTF-8, or UTF-16 with its mark."""
+    with reading(path, "save it as UTF-8"):
+        return text_of(Path(path).read_bytes()).splitlines()
+
+
+def read_json(path):
+    return json.loads(text_of(Path(path).read_bytes()))
 
 
 # ---- PLY, PCD ------------------------------------------------------------------------------------
@@ -134,8 +164,10 @@ def ply_rows(body, start, count, properties, order):
             start += n * size(kind)
         return begins, amounts, start
 
-    if count == 0:
+    if count == 0 or not properties:
         return {name: np.empty(0, kind) for name, kind, _ in properties}, start
+    if count > len(body) - start:           # before memory is asked for
+        raise ValueError(f"cut short: the header promises {count:,} vertices or faces")
     raw, byteorder = body.tobytes(), {"<": "little", ">": "big"}.get(order)
     try:
         begins, amounts, end = row(start)
@@ -249,31 +281,73 @@ def read_h5(files):
         raise InputError(f"{files[0]}: HDF5 files need h5py; pip install h5py") from None
     xyz, label = [], []
     for path in files:
-        try:
-            with h5py.File(path) as file:
-                xyz.append(file["data"][..., :3].astype(np.float32))
-                label.append(file["label"][:].reshape(-1).astype(np.int64))
-        except (OSError, KeyError) as error:
-            raise broken(path, error, "not a readable HDF5 file with `data` and `label`: "
-                                      "fetch it again") from None
+        cure = "not a readable HDF5 file with `data` and `label`: fetch it again"
+        with reading(path, cure), h5py.File(path) as file:
+            for name, want in ("data", (3,)), ("label", (1, 2)):
+                x = file[name]
+                if x.dtype.kind not in "iuf" or x.ndim not in want or (
+                        x.nbytes > MOST_PACKED * Path(path).stat().st_size):
+                    raise ValueError(f"its `{name}` is {x.dtype} of shape {x.shape}")
+            xyz.append(file["data"][..., :3].astype(np.float32))
+            label.append(file["label"][:].reshape(-1).astype(np.int64))
+            if xyz[-1].shape[1:] != (xyz[0].shape[1], 3) or len(xyz[-1]) != len(label[-1]):
+                raise ValueError(f"has {len(label[-1])} labels for clouds of shape {xyz[-1].shape}")
     return np.concatenate(xyz), np.concatenate(label)
 
 
-class NumpyOnly(pickle.Unpickler):
-    """Loads numpy arrays and plain containers; a pickle that asks for anything else is refused."""
-    ALLOWED = {"multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer",
-               "numpy.ndarray", "numpy.dtype"}
+class PickledType:
+    """Stands for numpy.dtype while a pickle is read: numbers of a known size, in either order."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248])", code):
+            raise pickle.UnpicklingError(f"it holds {code[:20]!r}, not numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):          # of numbers, only the byte order is not in the code
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class PickledArray(np.ndarray):
+    """A number array of a pickle. What the pickle says of it is checked before NumPy believes it:
+    a type that lies about its size ended the process."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls, 0, np.int8)
+
+    def __setstate__(self, state):
+        _, shape, kind, fortran, raw = state
+        unpacked(raw, kind, shape)
+        super().__setstate__((1, shape, kind.dtype, bool(fortran), bytes(raw)))
+
+
+def unpacked(raw, kind, shape=()):
+    """The bytes of a pickled array -> a flat array; raises where they are not what it says."""
+    if min(shape, default=0) < 0 or math.prod(shape) * kind.dtype.itemsize != len(raw):
+        raise pickle.UnpicklingError(f"it has {len(raw)} bytes for {kind.dtype} of shape {shape}")
+    return np.frombuffer(raw, kind.dtype)
+
+
+class NumpyOnly(pickle._Unpickler):
+    """Loads numpy arrays and plain containers; a pickle that asks for anything else is refused.
+
+    pickle's version in Python: the one in C makes a table as long as a file says it should be.
+    """
+    ALLOWED = {                             # nothing of NumPy is called by the file itself
+        "multiarray._reconstruct": PickledArray, "numpy.ndarray": PickledArray,
+        "numpy.dtype": PickledType,
+        "multiarray.scalar": lambda kind, raw: unpacked(raw, kind)[0],
+        "numeric._frombuffer": lambda raw, kind, shape, order, axes=None: (
+            unpacked(raw, kind, shape).reshape(shape, order="C" if axes else order)
+            .transpose(axes or range(len(shape))))}
 
     def find_class(self, module, name):
         short = f"{module.rpartition('.')[2]}.{name}"
         numpy_module = module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray",
                                   "numpy.core.numeric", "numpy._core.numeric")
         if numpy_module and short in self.ALLOWED:
-            core = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"
-            module = module.replace("numpy._core", "numpy.core").replace("numpy.core", core)
-            return super().find_class(module, name)
+            return self.ALLOWED[short]
         if (module, name) == ("_codecs", "encode"):   # how pickle's protocol 2 writes bytes
-            return super().find_class(module, name)
+            return lambda text, code: text.encode("latin1")
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a numpy array")
 
 
@@ -283,13 +357,46 @@ def read_pickle(path):
         return NumpyOnly(file).load()
 
 
+# ---- Arrays of NumPy -----------------------------------------------------------------------------
+
+NUMBERS = "biuf"                            # kinds of dtype
+MOST_PACKED = 1032                          # bytes that deflate makes of one, at most
+
+
+def load_npy(file, size=None, kinds=NUMBERS):
+    """An open .npy, of `size` bytes if that is not the file's own -> array. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    headers = {(1, 0): np.lib.format.read_array_header_1_0,
+               (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in headers:
+        raise ValueError(f"its version is {version}, expected 1.0 or 2.0")
+    shape, _, dtype = headers[version](file)
+    if dtype.kind not in kinds or dtype.itemsize == 0:
+        raise ValueError(f"holds {str(dtype)[:60]}, expected numbers")
+    if size is None:
+        size = file.seek(0, 2)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"cut short: its header promises shape {shape}")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def load_npz(file, names=None, kinds=NUMBERS):
+    """An open .npz -> {name: array} of those `names` (None: all) that it has."""
+    most, found = MOST_PACKED * file.seek(0, 2), {}
+    with zipfile.ZipFile(file) as archive:
+        members = {m.filename[:-4]: m for m in archive.infolist() if m.filename.endswith(".npy")}
+        for name in members if names is None else names:
+            if name in members:
+                with archive.open(members[name]) as member:
+                    found[name] = load_npy(member, min(members[name].file_size, most), kinds)
+    return found
+
+
 def zip_members(path, suffix):
     """The names of an archive's members that end with `suffix`, in any case."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile:
-        raise BrokenFile(f"{path}: not a readable .zip (cut short?); fetch it again") from None
+    with reading(path, "fetch it again"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     names = [name for name in names if name.lower().endswith(suffix)]
     names = [name for name in names if not any(map(is_litter, name.split("/")))]
     refuse_copies(Path(f"{path}::{name}") for name in names)
@@ -392,15 +499,23 @@ class Cloud(NamedTuple):
 
 
 def read_npy(path, columns):
-    """A .npy of at least `columns` columns; 0: of one dimension."""
-    try:
-        array = np.load(path, allow_pickle=False)
+    """A .npy of at least `columns` columns; 0: of one dimension, whole numbers."""
+    with reading(path), open(path, "rb") as file:
+        array = load_npy(file)
         if array.ndim != 1 + (columns > 0) or columns and array.shape[1] < columns:
             wanted = f"at least {columns} columns" if columns else "one number a point"
             raise ValueError(f"expected {wanted}, found shape {array.shape}")
+        if not columns:
+            whole_numbers(array)
         return array
-    except Exception as error:              # whatever numpy makes of a broken file
-        raise broken(path, error, "repair it") from None
+
+
+def whole_numbers(array):
+    """-> int64, or a ValueError: a fraction, a NaN, or too large to be a number of anything."""
+    bad = ~((np.abs(array.astype(np.float64)) < 2**53) & (array == np.floor(array)))
+    if bad.any():
+        raise ValueError(f"has {array[bad][0]:g}, expected whole numbers")
+    return array.astype(np.int64)
 
 
 def clouds_in(folder):
@@ -424,10 +539,7 @@ def own_clouds(root, parts, how_to):
         say([passed_over(folder, [path for path in others if path not in boxes])])
         found.append(paths)
     path = root / "classes.txt"
-    try:
-        lines = text_of(path.read_bytes()).splitlines() if path.is_file() else []
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8; save it as UTF-8") from None
+    lines = read_lines(path) if path.is_file() else []
     names = [line.strip() for line in "\n".join(lines).rstrip().split("\n")] if lines else []
     if path.is_file() and not names:
         raise InputError(f"{path}: is empty; write the name of a class in each line")
@@ -452,7 +564,7 @@ def read_cloud(path, classes=None, colours=True):
     path = Path(path)
     left_out = {"rgb": not colours, "label": not classes}
     wanted = [name for name in Cloud._fields if not left_out.get(name)]
-    try:
+    with reading(path):
         suffix = path.suffix.lower()
         if suffix == ".ply":
             table, _ = read_ply(path.read_bytes(), faces=False)
@@ -462,12 +574,13 @@ def read_cloud(path, classes=None, colours=True):
             if "label" in wanted and "label" in table.dtype.names:
                 found["label"] = table["label"]
         elif suffix == ".npz":
-            with np.load(path, allow_pickle=False) as table:
-                found = {name: table[name] for name in wanted if name in table}
+            with open(path, "rb") as file:
+                found = load_npz(file, wanted)
         elif suffix != ".npy":
             raise ValueError(f"not a format that is read here ({' '.join(ROOMS)})")
         else:
-            table = np.load(path, allow_pickle=False)
+            with open(path, "rb") as file:
+                table = load_npy(file)
             if table.ndim != 2 or table.shape[1] < 3 or classes and table.shape[1] not in (4, 7):
                 columns_are = "x y z label, or x y z r g b label" if classes else "x y z ..."
                 raise ValueError(f"shape {table.shape}; expected columns {columns_are}")
@@ -477,8 +590,6 @@ def read_cloud(path, classes=None, colours=True):
             if "label" in wanted:
                 found["label"] = table[:, -1]
         return checked(found, classes)
-    except Exception as error:              # whatever numpy makes of a broken file
-        raise broken(path, error, "repair it") from None
 
 
 def checked(found, classes=None):
@@ -488,6 +599,8 @@ def checked(found, classes=None):
     xyz = found["xyz"]
     if xyz.ndim != 2 or xyz.shape[1] < 3:
         raise ValueError(f"shape {xyz.shape}; expected x y z of every point")
+    if xyz.dtype.kind not in "iuf":
+        raise ValueError(f"holds {xyz.dtype}, expected numbers")
     if len(xyz) == 0 or not np.isfinite(xyz[:, :3]).all():
         raise ValueError("has no points, or NaN coordinates")
     found["xyz"], offset = near_origin(xyz[:, :3])
@@ -506,14 +619,17 @@ def checked(found, classes=None):
     if "rgb" in found:
         found["rgb"] = as_bytes(found["rgb"])
     if "instance" in found:
-        found["instance"] = found["instance"].astype(np.int64)
+        found["instance"] = whole_numbers(found["instance"])
     if "boxes" in found:
         found_boxes = found["boxes"]
         found["boxes"] = boxes = found_boxes.astype(np.float32)
         if boxes.shape[1:] != (7,) or not np.isfinite(boxes).all():
             raise ValueError(f"has NaN in its boxes, or not seven numbers each: {boxes.shape}")
         boxes[:, :3] = found_boxes[:, :3] - offset
-    found["offset"] = offset + found.get("offset", 0)           # prepared files have their own
+    own = found.get("offset", np.zeros(3))                      # prepared files have their own
+    if own.shape != (3,) or not np.isfinite(own).all():
+        raise ValueError(f"its offset is not three numbers: {own}")
+    found["offset"] = offset + own
     return Cloud(**found)
 
 
@@ -534,8 +650,12 @@ def read_boxes(path, offset=0):
     offset: that of the Cloud the boxes belong to; their centres are moved as its points are.
     """
     names, boxes = [], []
-    try:
-        content = json.loads(text_of(Path(path).read_bytes()))
+    with reading(path, f"{A_SCENE}; repair it"):
+        try:
+            content = read_json(path)
+        except json.JSONDecodeError as error:
+            raise broken(path, f"line {error.lineno} is not JSON ({error.msg})",
+                         "repair it") from None
         if not isinstance(content, list):
             raise ValueError("is not a list")
         for number, box in enumerate(content):
@@ -547,13 +667,9 @@ def read_boxes(path, offset=0):
                     raise ValueError(f"the {key} of box {number} is not three numbers")
             names.append(str(box["class"]))
             boxes.append(box["center"] + box["size"])
-    except json.JSONDecodeError as error:
-        raise broken(path, f"line {error.lineno} is not JSON ({error.msg})", "repair it") from None
-    except (OSError, ValueError) as error:
-        raise broken(path, error, f"{A_SCENE}; repair it") from None
-    boxes = np.array(boxes, np.float64).reshape(-1, 6)
-    boxes[:, :3] -= offset
-    boxes = boxes.astype(np.float32)
+        boxes = np.array(boxes, np.float64).reshape(-1, 6)
+        boxes[:, :3] -= offset
+        boxes = boxes.astype(np.float32)
     if not np.isfinite(boxes).all():
         raise broken(path, "has NaN coordinates", "repair the file")
     return names, boxes

@@ -163,7 +163,7 @@ def test_a_mesh_keeps_its_surface_and_is_sampled_on_it(suffix, blob, tmp_path):
     ("cut.ply", ply(CLOUD)[:-100], "cut.ply: cut short"),
     ("far.ply", ply_mesh(CUBE, [[0, 1, 99]]), "names vertex 99"),
     ("cut.npy", array(CLOUD)[:-100], "cut.npy"),
-    ("object.npy", array(np.array([{}], dtype=object), allow_pickle=True), "allow_pickle"),
+    ("object.npy", array(np.array([{}], dtype=object), allow_pickle=True), "holds object, expected numbers"),
     ("flat.npy", array(CLOUD[:, :2]), r"rows of x y z, found float32 of shape \(50, 2\)"),
     ("two.npz", array(CLOUD, np.savez, a=CLOUD), "has the arrays a, arr_0; call the points xyz"),
     ("nan.npy", array(np.where(CLOUD > 1, np.nan, CLOUD)), "of 50 points are NaN"),
