@@ -143,6 +143,14 @@ def weights(x):
         for name, w in x.items())
 
 
+def amount(x):
+    return type(x) in (int, float) and 0 <= x < 1e9
+
+
+def share(x):
+    return amount(x) and x < 1
+
+
 FROZEN = {"name": str, "sha256": str, "model": (..., str)}
 TRAINED = {"frozen": FROZEN, "model": weights, "at": {
     "step": WHOLE, "sums": [float], "seconds": float, "best": float, "best_epoch": WHOLE}}
@@ -183,11 +191,12 @@ def misfit(value, form, name):
 
 def check_saved(saved, recipe, own, kept):
     """-> the name of what in a checkpoint is not as train_<task>.py saves it, or None."""
-    kinds = {int: range(2**24), float: float, bool: bool, str: str}
-    fields = {name: (..., kinds[kind]) if name in recipe._field_defaults else kinds[kind]
+    kinds = {int: range(2**24), float: amount, bool: bool, str: str}
+    fields = {name: share if "dropout" in name else kinds[kind]
               for name, kind in recipe.__annotations__.items()}
-    config = {"data": str, "root": OPTIONAL, "recipe": {**fields, "epochs": range(1, 2**24)},
-              "seed": WHOLE, "clip": OPTIONAL, "precision": ("auto", "fp32", "bf16"),
+    fields.update({name: (..., fields[name]) for name in recipe._field_defaults})
+    config = {"root": OPTIONAL, "recipe": {**fields, "epochs": range(1, 2**24)},
+              "seed": WHOLE, "clip": str, "precision": ("auto", "fp32", "bf16"),
               "compile": bool, "accumulate": COUNT, "workers": COUNT,
               **dict.fromkeys(ABLATIONS, bool), **own}
     bad = misfit(saved, {"config": config}, "checkpoint")
@@ -421,7 +430,8 @@ class Run:
         """The state of the optimiser, as saved; its settings follow from the recipe."""
         optimizer, saved = self.optimizer, self.saved["optimizer"]
         try:
-            if not all(map(weights, saved["state"].values())):
+            adam = isinstance(optimizer, torch.optim.AdamW)
+            if not all(map(weights, saved["state"].values())) or adam and not saved["state"]:
                 raise ValueError
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})

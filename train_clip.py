@@ -427,6 +427,10 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+SAVED = {"data": "synthetic", "clip": None}             # forms of what is this script's own
+KEPT = {**TRAINED, "frozen": None}
+
+
 def settings(args):
     """Flags over the recipe or a saved run -> config, checkpoint or None, run folder or None."""
     real, args.real = args.real, None       # is no setting of the run, nor is its --root
@@ -434,7 +438,7 @@ def settings(args):
         raise InputError("--real needs a run: add --eval runs/clip-...")
     if args.resume or args.eval:
         root, args.root = args.root, None if real else args.root
-        cfg, saved, folder = saved_settings(args, "clip", Recipe, {}, {**TRAINED, "frozen": None})
+        cfg, saved, folder = saved_settings(args, "clip", Recipe, SAVED, KEPT)
         args.real = real
         return {**cfg, "root": root}, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)

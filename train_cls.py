@@ -375,8 +375,8 @@ def flags(argv):
 
 
 SAVED = {                                   # forms of the settings that are this script's own
-    "classes": [str, ...], "official": OPTIONAL, "text_loss": ("raw", "cosine", "off"),
-    "test_fraction": float, "split": (..., None, [[str], [str]]), "up": (..., "y", "z")}
+    "data": (*RECIPES,), "classes": [str, ...], "official": OPTIONAL,
+    "text_loss": ("raw", "cosine", "off"), "test_fraction": float, "split": (..., None, [[str], [str]]), "up": (..., "y", "z")}
 
 
 def settings(args):

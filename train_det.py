@@ -827,7 +827,8 @@ def flags(argv):
 
 
 SAVED = {                                   # forms of the settings that are this script's own
-    "classes": [str, ...], "official": (..., *OPTIONAL), "trained_on": (..., str)}
+    "data": (*RECIPES,), "classes": [str, ...], "official": (..., *OPTIONAL),
+    "trained_on": (..., str)}
 
 
 def settings(args):

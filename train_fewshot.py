@@ -632,8 +632,8 @@ def flags(argv):
 
 
 SAVED = {                                   # forms of the settings that are this script's own
-    "way": COUNT, "shot": COUNT, "table": bool, "shots_all": (None, COUNT), "episodes": COUNT,
-    "settings": [[COUNT, COUNT], ...], "folds": OPTIONAL, "compare": [VARIANTS, ...],
+    "data": (*RECIPES,), "way": COUNT, "shot": COUNT, "table": bool, "shots_all": (None, COUNT),
+    "episodes": COUNT, "settings": [[COUNT, COUNT], ...], "folds": OPTIONAL, "compare": [VARIANTS, ...],
     "text_loss": ("raw", "cosine", "off"), "test_fraction": float, "published": bool,
     "split": (..., None, [[str], [str]])}
 KEPT = {"frozen": FROZEN, "done": [{        # and of what it saves beside them

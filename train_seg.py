@@ -609,7 +609,7 @@ def flags(argv):
 
 
 SAVED = {                                   # forms of the settings that are this script's own
-    "classes": [str, ...], "test_area": (int, str), "scale": (..., float),
+    "data": (*RECIPES,), "classes": [str, ...], "test_area": (int, str), "scale": (..., float),
     "trained_on": (..., str)}
 
 
