@@ -191,11 +191,12 @@ def misfit(value, form, name):
 
 def check_saved(saved, recipe, own, kept):
     """-> the name of what in a checkpoint is not as train_<task>.py saves it, or None."""
-    kinds = {int: range(2**24), float: amount, bool: bool, str: str}
+    kinds = {int: range(1, 2**24), float: amount, bool: bool, str: str}
     fields = {name: share if "dropout" in name else kinds[kind]
               for name, kind in recipe.__annotations__.items()}
-    fields.update({name: (..., fields[name]) for name in recipe._field_defaults})
-    config = {"root": OPTIONAL, "recipe": {**fields, "epochs": range(1, 2**24)},
+    fields.update({name: (..., type(was)(), fields[name])       # of older runs
+                   for name, was in recipe._field_defaults.items()})
+    config = {"root": OPTIONAL, "recipe": fields,
               "seed": WHOLE, "clip": str, "precision": ("auto", "fp32", "bf16"),
               "compile": bool, "accumulate": COUNT, "workers": COUNT,
               **dict.fromkeys(ABLATIONS, bool), **own}

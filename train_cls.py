@@ -374,9 +374,16 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+def check_sizes(recipe):
+    if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):
+        raise InputError(f"--groups {recipe.groups} must be at most --points {recipe.points}, "
+                         f"--neighbours {recipe.neighbours} at most {min(64, recipe.points)}")
+
+
 SAVED = {                                   # forms of the settings that are this script's own
     "data": (*RECIPES,), "classes": [str, ...], "official": OPTIONAL,
-    "text_loss": ("raw", "cosine", "off"), "test_fraction": float, "split": (..., None, [[str], [str]]), "up": (..., "y", "z")}
+    "text_loss": ("raw", "cosine", "off"), "test_fraction": float,
+    "split": (..., None, [[str], [str]]), "up": (..., "y", "z")}
 
 
 def settings(args):
@@ -385,13 +392,12 @@ def settings(args):
         raise InputError("--predict needs a run: add --eval runs/cls-...")
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED)
+        check_sizes(Recipe(**cfg["recipe"]))
         cfg["official"] = args.official or (None if args.clip else cfg["official"])
         return cfg, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     recipe = recipe._replace(stored=max(recipe.stored, recipe.points))
-    if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):
-        raise InputError(f"--groups {recipe.groups} must be at most --points {recipe.points}, "
-                         f"--neighbours {recipe.neighbours} at most {min(64, recipe.points)}")
+    check_sizes(recipe)
     fraction = 0.2 if args.test_fraction is None else args.test_fraction
     if not 0 < fraction < 1:
         raise InputError("--test-fraction must lie between 0 and 1")

@@ -631,11 +631,17 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+def check_sizes(recipe):
+    if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):
+        raise InputError(f"--groups {recipe.groups} must be at most --points {recipe.points}, "
+                         f"--neighbours {recipe.neighbours} at most {min(64, recipe.points)}")
+
+
 SAVED = {                                   # forms of the settings that are this script's own
     "data": (*RECIPES,), "way": COUNT, "shot": COUNT, "table": bool, "shots_all": (None, COUNT),
-    "episodes": COUNT, "settings": [[COUNT, COUNT], ...], "folds": OPTIONAL, "compare": [VARIANTS, ...],
-    "text_loss": ("raw", "cosine", "off"), "test_fraction": float, "published": bool,
-    "split": (..., None, [[str], [str]])}
+    "episodes": COUNT, "settings": [[COUNT, COUNT], ...], "folds": OPTIONAL,
+    "compare": [VARIANTS, ...], "text_loss": ("raw", "cosine", "off"), "test_fraction": float,
+    "published": bool, "split": (..., None, [[str], [str]])}
 KEPT = {"frozen": FROZEN, "done": [{        # and of what it saves beside them
     "setting": [COUNT, COUNT], "episode": WHOLE, "variant": VARIANTS, "last": float, "best": float,
     "best_epoch": COUNT, "seconds": float, "trained": WHOLE, "frozen": WHOLE, "classes": [str]}]}
@@ -650,6 +656,7 @@ def settings(args):
         raise InputError("--compile: every episode would be compiled anew; leave it out")
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "fewshot", Recipe, SAVED, KEPT)
+        check_sizes(Recipe(**cfg["recipe"]))
         if args.eval and args.clip:
             raise InputError("--eval prints what is saved and reads no weights; leave --clip out")
         if args.eval and not saved["at"]["epoch"]:
@@ -658,9 +665,7 @@ def settings(args):
         return cfg, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     recipe = recipe._replace(stored=max(recipe.stored, recipe.points))
-    if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):
-        raise InputError(f"--groups {recipe.groups} must be at most --points {recipe.points}, "
-                         f"--neighbours {recipe.neighbours} at most {min(64, recipe.points)}")
+    check_sizes(recipe)
     if bool(args.table) + bool(args.shots_all) + bool(args.way or args.shot) > 1:
         raise InputError("--table, --shots-all and --way with --shot name three protocols; give "
                          "one")

@@ -200,7 +200,7 @@ VOTENET = ("vert", "sem_label", "ins_label", "bbox")
 def read_votenet(vert, sem_label, ins_label, bbox):
     """VoteNet's files -> {xyz, rgb, label, instance, boxes}, notes. The first must be there."""
     points = read_npy(vert, 3)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         scan = {"xyz": points[:, :3].astype(np.float32)}
     if len(points) == 0 or not np.isfinite(scan["xyz"]).all():
         raise broken(vert, "has no points, or NaN coordinates", "repair the file")
@@ -218,7 +218,7 @@ def read_votenet(vert, sem_label, ins_label, bbox):
     if "instance" in scan:
         scan["instance"] = scan["instance"].astype(np.int32)
     if bbox.is_file():
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             scan["boxes"] = read_npy(bbox, 7)[:, :7].astype(np.float32)
         if not np.isfinite(scan["boxes"]).all():
             raise broken(bbox, "has NaN in its boxes", "repair the file")

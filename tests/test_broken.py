@@ -144,6 +144,36 @@ def test_a_file_is_read_or_named_in_one_line_whatever_its_bytes(name, tmp_path):
     assert refused > 10
 
 
+def test_hdf5_is_read_or_named_whatever_its_content(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="needs h5py: writes HDF5 files")
+    path, label = tmp_path / "x.h5", np.arange(5)[:, None]
+    clouds = np.random.default_rng(0).random((5, 20, 3)).astype("f4")
+
+    def write(data, label, **more):
+        with h5py.File(path, "w") as file:
+            file.create_dataset("data", data=data, **more)
+            file["label"] = label
+
+    def read(path):
+        return files.read_h5([path])
+
+    write(clouds, label, compression="gzip")
+    xyz, found = read(path)
+    assert (xyz == clouds).all() and found.tolist() == [0, 1, 2, 3, 4]
+    for bad in nasty(path.read_bytes(), np.random.default_rng(18), 120):
+        path.write_bytes(bad)
+        one_line(read, path)
+    for data, name in ((clouds, label[:4]), (clouds[0], label), (clouds[..., :2], label),
+                       (clouds.astype("c8"), label), (clouds, label.astype("S"))):
+        write(data, name)
+        assert not one_line(read, path)
+    with h5py.File(path, "w") as file:                  # 10^15 points, in a file of 2 kB
+        file.create_dataset("data", (10**6, 10**9, 3), "f4", chunks=(1, 64, 3))
+        file["label"] = label
+    with pytest.raises(BrokenFile, match="its `data` is float32 of shape"):
+        read(path)
+
+
 @pytest.mark.parametrize("which", ["pose", "mesh", "segments", "objects"])
 def test_each_file_of_a_published_scan_is_named(which, tmp_path):
     room = synthetic_rooms.room_scenes(1, 400, 9)[0]
