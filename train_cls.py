@@ -395,6 +395,9 @@ def settings(args):
         check_sizes(Recipe(**cfg["recipe"]))
         cfg["official"] = args.official or (None if args.clip else cfg["official"])
         return cfg, saved, folder
+    if args.official and (args.clip or args.unfreeze):
+        raise InputError("--init-official brings its own transformer, which stays frozen; leave "
+                         "--clip and --unfreeze out")
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     recipe = recipe._replace(stored=max(recipe.stored, recipe.points))
     check_sizes(recipe)

@@ -31,7 +31,7 @@ from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather,
 from data import scannet
 from data.files import (BrokenFile, check_outputs, check_span, own_clouds, read_boxes, read_cloud,
                         usable_boxes, write_boxes)
-from kernels import ball_query, farthest_point_sample, knn
+from kernels import ball_query, farthest_point_sample
 from run import (OPTIONAL, InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
                  rank, recipe_parser, saved_settings, seed_of, shared_flags, shared_settings,
                  whole, with_flags, world_size)
@@ -42,7 +42,6 @@ class Recipe(NamedTuple):
     tokens: int             # patches of a scene, G
     radius: float           # of a patch, metres
     neighbours: int         # points of a patch, K
-    source: int             # points that the nearest are looked for among
     queries: int            # boxes that the decoder proposes
     content: str            # of a query at first: "zeros", or the "token" it stands on
     layers: int             # of the decoder
@@ -57,26 +56,24 @@ class Recipe(NamedTuple):
     head_dropout: float     # in the heads
     cuboid: bool            # train on random parts of a scene
     every: int              # epochs from one evaluation to the next
-    # defaults: of runs that were saved before there was a choice
-    fine: int = 0           # patches of a first level, where tokens are fewer
-    patches: str = "nearest"                # points of a patch, or the "first" within radius
+    fine: int               # patches of a first level, where tokens are fewer
 
 
 SCANNET = Recipe(
     points=40_000, tokens=2048, radius=0.2, neighbours=64,              # 3DETR, whose decoder the
-    source=40_000, queries=256, content="zeros", layers=8,              # paper takes:
+    queries=256, content="zeros", layers=8,                             # paper takes:
     epochs=1080, warmup=9, batch_size=8, clip_norm=0.1, every=10,       # scripts/scannet_ep1080.sh
     decoder_dropout=0.1, head_dropout=0.3, cuboid=True,                 # the same
     lr=3e-4, decay=0.04, dropout=0.3,                                   # paper 4.1 and supplement
-    fine=2048, patches="first")                                         # its detector in LAMM
+    fine=2048)                                                          # its detector in LAMM
 RECIPES = {
     "scannet": SCANNET,
     "folder": SCANNET,
     # ours, sized for two CPU cores
     "synthetic": SCANNET._replace(
-        points=4096, tokens=192, fine=192, radius=0.5, neighbours=32, source=1875, queries=96,
-        layers=3, content="token", epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5,
-        dropout=0.0, decoder_dropout=0.0, head_dropout=0.0, cuboid=False, every=4),
+        points=4096, tokens=192, fine=192, radius=0.5, neighbours=32, queries=96, layers=3,
+        content="token", epochs=16, warmup=1, batch_size=4, lr=1e-3, clip_norm=0.5, dropout=0.0,
+        decoder_dropout=0.0, head_dropout=0.0, cuboid=False, every=4),
 }
 FINAL_LR = 5e-7             # supplement C
 SYNTHETIC = (200, 40)       # rooms to train and to test
@@ -283,13 +280,11 @@ class SetAbstraction(nn.Module):
     The paper says "the same as for classification", but its detector in LAMM has this one. A patch
     is the first K points within `radius`, whose order is random; where there are fewer, the first
     is repeated. before: a tokenizer whose centres and tokens (B, F, C) take the place of points.
-    source: instead, the K nearest within `radius` among so many points, which set their reach.
     """
 
-    def __init__(self, tokens, radius, neighbours, widths, before=None, source=0):
+    def __init__(self, tokens, radius, neighbours, widths, before=None):
         super().__init__()
-        self.tokens, self.radius = tokens, radius
-        self.neighbours, self.source = neighbours, source
+        self.tokens, self.radius, self.neighbours = tokens, radius, neighbours
         self.before, self.mlp = before, layers(*widths)
         for weight in self.mlp.parameters():
             if weight.ndim > 1:
@@ -300,13 +295,7 @@ class SetAbstraction(nn.Module):
         if self.before is not None:
             values, xyz = self.before(points)                           # (B, F, C), (B, F, 3)
         centers = gather(xyz, farthest_point_sample(xyz, self.tokens))  # (B, G, 3)
-        if self.source:
-            if self.source < xyz.shape[1]:
-                xyz = torch.cat([centers, xyz[:, :self.source]], 1)
-            dist2, idx = knn(centers, xyz, self.neighbours)             # (B, G, K)
-            idx = torch.where(dist2 <= self.radius ** 2, idx, idx[..., :1])
-        else:
-            idx = ball_query(centers, xyz, self.radius, self.neighbours)
+        idx = ball_query(centers, xyz, self.radius, self.neighbours)    # (B, G, K)
         x = (gather(xyz, idx) - centers[:, :, None]) / self.radius      # (B, G, K, 3)
         if values is not None:
             x = torch.cat([x, gather(values, idx)], -1)                 # (B, G, K, 3 + C)
@@ -314,14 +303,14 @@ class SetAbstraction(nn.Module):
 
 
 def tokenizer_of(recipe, width):
-    """One level of patches or, as in LAMM, two: 1/8 of the tokens are 8 times as wide and full."""
+    """One level of patches or, as in LAMM, two: fewer tokens, of patches wider and fuller by as
+    much, from the tokens of a first level."""
     r, wider = recipe, recipe.fine // recipe.tokens
     if wider > 1:
         fine = SetAbstraction(r.fine, r.radius, r.neighbours, (3, 64, 256))
         return SetAbstraction(r.tokens, r.radius * wider, r.neighbours * wider, (259, 512, width),
                               before=fine)
-    source = r.source if r.patches == "nearest" else 0
-    return SetAbstraction(r.tokens, r.radius, r.neighbours, (3, 64, 128, width), source=source)
+    return SetAbstraction(r.tokens, r.radius, r.neighbours, (3, 64, 128, width))
 
 
 def layers(*widths, dropout=None):
@@ -810,8 +799,6 @@ def flags(argv):
     flag("--points", type=whole(1), metavar="N", help="points of a scene")
     flag("--tokens", type=whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048); "
                                                       "fewer are cut from a finer level")
-    flag("--patches", choices=["first", "nearest"],
-         help="points of a patch: the first ones within the radius, as the release, or the nearest")
     flag("--queries", type=whole(1), metavar="Q", help="boxes proposed, at most --tokens")
     flag("--like", choices=RECIPES, help="take another row of the table: `synthetic` suits few "
                                          "scenes and no GPU")
@@ -849,8 +836,6 @@ def settings(args):
     if not recipe.queries <= recipe.tokens <= fine <= recipe.points:
         raise InputError(f"--queries {recipe.queries} must be at most --tokens {recipe.tokens}, "
                          f"and the {fine} patches at most --points {recipe.points}")
-    if fine > recipe.tokens and recipe.patches == "nearest":
-        raise InputError("--patches nearest has one level of patches; leave --tokens out")
     if recipe.queries < MAX_BOXES:
         raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at "
                          "least that many")

@@ -17,7 +17,6 @@ times as fast for the patches of 8 rooms of 40,000 points, in one thread.
     python kernels/ball_query.py
 """
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,10 +24,10 @@ import torch
 
 if __package__:
     from .knn import check_clouds, check_values, lengths_of
-    from .launch import failed, launch, use_triton
+    from .launch import fastest, launch, machine, use_triton
 else:  # run as a script
     from knn import check_clouds, check_values, lengths_of
-    from launch import failed, launch, use_triton
+    from launch import fastest, launch, machine, use_triton
 
 try:
     import triton
@@ -227,14 +226,11 @@ def _brute_force(query, points, radius, k):  # float64, all distances, a stable 
 
 
 def main():
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, where = machine(numba)
     shapes = [(2, 8, 300, 0.25, 5), (2, 16, 3000, 0.25, 80)]
-    machine = f"CPU (numba {numba.__version__})" if numba else "CPU"
     if device.type == "cuda":
         shapes = [(8, 256, 2048, 0.5, 512), (1, 20000, 20000, 0.05, 16),
                   (8, 2048, 40000, 0.07, 64)]
-        sm = "sm_%d%d" % torch.cuda.get_device_capability()
-        machine = f"{torch.cuda.get_device_name()} ({sm})"
     for B, M, N, radius, k in shapes:
         points = torch.rand(B, N, 3, device=device)
         query = torch.rand(B, M, 3, device=device)
@@ -242,15 +238,7 @@ def main():
         if reference == "brute force":  # a lattice: distances are exact, many equal the radius
             points = (points * 16).round() / 16
             query = (query * 16).round() / 16
-        seconds = []
-        for _ in range(4):  # the first call compiles
-            begin = time.perf_counter()
-            index = ball_query(query, points, radius, k)
-            if query.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-        if failed:
-            sys.exit(1)  # why has been printed
+        seconds, index = fastest(lambda: ball_query(query, points, radius, k), device)
         full = torch.full((B,), N, device=device)
         if reference == "torch":
             expected = ball_torch(query, points, radius, k, full)
@@ -259,12 +247,12 @@ def main():
         wrong = (index != expected).nonzero().tolist()
         if wrong:
             i = tuple(wrong[0])
-            sys.exit(f"DIFFERS on {machine}: {k} of {B} x {N} within {radius} of {M} queries, "
+            sys.exit(f"DIFFERS on {where}: {k} of {B} x {N} within {radius} of {M} queries, "
                      f"{len(wrong)} of {B * M * k}, first at {i}: {int(index[i])}, {reference}: "
                      f"{int(expected[i])}")
-    print(f"ok: ball_query agrees with {reference} on {machine}, torch {torch.__version__}, triton "
+    print(f"ok: ball_query agrees with {reference} on {where}, torch {torch.__version__}, triton "
           f"{triton.__version__ if triton else 'absent'}: {k} of {B} x {N} points within {radius} "
-          f"of {M} queries in {min(seconds) * 1e3:.1f} ms, "
+          f"of {M} queries in {seconds * 1e3:.1f} ms, "
           f"{(12 * B * (M + N) + 8 * B * M * k) / 1e6:.1f} MB moved")
 
 

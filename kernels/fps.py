@@ -22,16 +22,15 @@ are sequential: the run time is m times the latency of one step.
 """
 import math
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 if __package__:
-    from .launch import failed, launch, use_triton
+    from .launch import fastest, launch, machine, use_triton
 else:  # run as a script
-    from launch import failed, launch, use_triton
+    from launch import fastest, launch, machine, use_triton
 
 try:
     import triton
@@ -389,38 +388,27 @@ def _brute_force(xyz, m):  # float64, step by step
 
 
 def main():
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, where = machine(numba)
     shapes = [(2, 300, 32), (8, 1024, 64)]
-    machine = f"CPU (numba {numba.__version__})" if numba else "CPU"
     if device.type == "cuda":
         shapes = [(32, 1024, 64), (8, 40000, 512), (8, 8192, 1200)]
-        sm = "sm_%d%d" % torch.cuda.get_device_capability()
-        machine = f"{torch.cuda.get_device_name()} ({sm})"
     for B, N, m in shapes:
         xyz = torch.rand(B, N, 3, device=device)
         reference = "torch" if use_triton(xyz) else "brute force"
         if reference == "brute force":
             xyz = (xyz * 64).round() / 64  # a lattice: ties, and distances exact in fp32
-        seconds = []
-        for _ in range(4):  # the first call compiles
-            begin = time.perf_counter()
-            index = farthest_point_sample(xyz, m)
-            if xyz.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-        if failed:
-            sys.exit(1)  # why has been printed
+        seconds, index = fastest(lambda: farthest_point_sample(xyz, m), device)
         full = torch.full((B,), N, device=device)
         expected = fps_torch(xyz, m, 0 * full, full) if use_triton(xyz) else _brute_force(xyz, m)
         index, expected = index.cpu(), expected.cpu()
         wrong = (index != expected).nonzero().tolist()
         if wrong:
             b, i = wrong[0]
-            sys.exit(f"DIFFERS on {machine}: {B} x {N} -> {m}, {len(wrong)} of {B * m} indices, "
+            sys.exit(f"DIFFERS on {where}: {B} x {N} -> {m}, {len(wrong)} of {B * m} indices, "
                      f"first at [{b}, {i}]: {int(index[b, i])}, {reference}: {int(expected[b, i])}")
-    print(f"ok: farthest_point_sample agrees with {reference} on {machine}, torch "
+    print(f"ok: farthest_point_sample agrees with {reference} on {where}, torch "
           f"{torch.__version__}, triton {triton.__version__ if triton else 'absent'}: "
-          f"{B} x {N} -> {m} in {min(seconds) * 1e3:.1f} ms, "
+          f"{B} x {N} -> {m} in {seconds * 1e3:.1f} ms, "
           f"{(12 * B * N + 8 * B * m) / 1e6:.1f} MB moved")
 
 

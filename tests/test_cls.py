@@ -235,6 +235,8 @@ def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, c
     (["--out", "{run}"], "holds a run; --resume"),
     (["--out", "{run}/log.txt/run"], "cannot be written"),
     (["--init-official", "{run}/last.pt"], "not a checkpoint of the authors'"),
+    (["--init-official", "any.pth", "--unfreeze"], "leave --clip and --unfreeze out"),
+    (["--init-official", "any.pth", "--clip", "random"], "leave --clip and --unfreeze out"),
 ])
 def test_a_mistake_on_the_command_line_is_answered_in_one_line(finished, flags, words, monkeypatch):
     if flags[0] == "--device" and torch.cuda.is_available():

@@ -439,7 +439,7 @@ def test_the_picture_shows_true_boxes_green_and_sure_detections_red(rooms, monke
 # --- model ----------------------------------------------------------------------------------------
 
 SMALL = det.RECIPES["synthetic"]._replace(
-    points=512, tokens=64, fine=64, radius=.8, neighbours=16, source=312, queries=64, layers=2,
+    points=512, tokens=64, fine=64, radius=.8, neighbours=16, queries=64, layers=2,
     epochs=2, batch_size=2, every=1)
 
 
@@ -562,23 +562,6 @@ def test_fewer_tokens_are_a_second_level_as_in_lamm():
     assert torch.allclose(tokens[0], expected, atol=1e-6)
 
 
-def test_the_nearest_points_are_a_choice_and_what_older_runs_have():
-    recipe = det.RECIPES["synthetic"]._replace(patches="nearest")
-    tokenizer = det.tokenizer_of(recipe, 32).eval()
-    points = torch.rand(1, 4096, 3) * 4
-    with torch.no_grad():
-        tokens, centers = tokenizer(points)
-        among = torch.cat([centers[0], points[0, :recipe.source]])
-        for token, center in zip(tokens[0], centers[0]):
-            distance, idx = ((among - center) ** 2).sum(1).sort()
-            idx = idx[:32][distance[:32] <= .25]
-            expected = tokenizer.mlp((among[idx] - center) / .5).amax(0)
-            assert torch.allclose(token, expected, atol=1e-6)
-    older = {name: x for name, x in recipe._asdict().items() if name not in ("fine", "patches")}
-    again = det.tokenizer_of(det.Recipe(**older), 32)
-    assert again.source == recipe.source and again.before is None
-
-
 # --- the run --------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -614,6 +597,16 @@ def test_a_run_evaluates_resumes_and_repeats(small, monkeypatch, capsys):
     a, b = (torch.load(f"{folder}/last.pt", weights_only=True)["model"]
             for folder in ("runs/det-synthetic-1", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_with_the_patches_of_an_earlier_version_is_one_line(small):
+    det.main([*small, "--epochs", "1"])
+    path = Path("runs/det-synthetic-1/last.pt")
+    saved = torch.load(path, weights_only=True)
+    del saved["config"]["recipe"]["fine"]
+    torch.save(saved, path)
+    with pytest.raises(InputError, match="of an earlier version, whose patches were the nearest"):
+        det.main(["--eval", "runs/det-synthetic-1"])
 
 
 def test_a_saved_run_is_evaluated_on_other_data(small, own, capsys, tmp_path):
@@ -717,7 +710,6 @@ def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     (["--tokens", "1024"], "at most --points 512"),
     (["--tokens", "32"], "may have 64 boxes"),
     (["--data", "scannet", "--tokens", "256", "--points", "1000"], "the 2048 patches at most"),
-    (["--data", "scannet", "--tokens", "256", "--patches", "nearest"], "has one level of patches"),
     (["--predict", "x.ply"], "--predict needs a run"),
     (["--data", "scannet", "--root", "nowhere"], "no such folder; ask for ScanNet"),
     (["--data", "scannet", "--root", "."], "found neither scans/ nor"),
