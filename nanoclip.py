@@ -21,7 +21,7 @@ FILE = Path(__file__).parent / "data" / "nanoclip.safetensors"
 SHA256 = ""                     # of FILE
 SIZE = range(1, 1025)               # a larger one would be built before it is refused
 ABOUT = {                       # form of what the file says of itself; run.misfit
-    "words": [str, ...], "config": {
+    "words": [str], "config": {
         "embed_dim": SIZE, "stem": SIZE,
         "vision_cfg": {"layers": range(1, 25), "width": SIZE, "head_width": SIZE,
                        "patch_size": SIZE, "image_size": SIZE, "patch_dropout": float,

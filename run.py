@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,11 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels import engine, triton
+
+try:
+    import fcntl
+except ImportError:                         # Windows: a run's folder is not locked
+    fcntl = None
 
 
 class InputError(Exception):
@@ -91,11 +97,11 @@ def shared_flags(parser, clip_names=None):
     flag("--no-transformer", action="store_true", help="control: tokenizer and head alone")
 
 
-def whole(low):
-    """argparse type: a whole number of at least `low`."""
+def whole(low, high=2**31 - 1):
+    """argparse type: a whole number from `low` to `high`."""
     def integer(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return int(text)
     return integer
 
@@ -110,8 +116,8 @@ def with_flags(recipe, args):
 def shared_settings(args, recipe, synthetic_clip=None):
     """The config of a new run, as far as all scripts share it, checked."""
     data = args.data or "synthetic"
-    if not 0 < recipe.lr < math.inf:
-        raise InputError(f"--lr {recipe.lr} must be above 0, and a number")
+    if not 0 < recipe.lr < 1000:
+        raise InputError(f"--lr {recipe.lr} must be above 0 and below 1000")
     if not 0 <= getattr(recipe, "dropout", 0) < 1:
         raise InputError(f"--dropout {recipe.dropout} must be in 0..1")
     if data == "synthetic" and args.root:
@@ -131,101 +137,21 @@ def shared_settings(args, recipe, synthetic_clip=None):
             **{name: getattr(args, name) for name in ABLATIONS}}
 
 
-WHOLE = range(2**31)                        # forms of what a checkpoint holds; see `misfit`
-COUNT = range(1, 2**31)
-OPTIONAL = (None, str)
-
-
-def weights(x):
-    return isinstance(x, dict) and all(
-        isinstance(w, torch.Tensor) and isinstance(name, str) and w.layout == torch.strided
-        and w.device.type == "cpu" and not w.is_complex() and not w.is_quantized
-        for name, w in x.items())
-
-
-def amount(x):
-    return type(x) in (int, float) and 0 <= x < 1e9
-
-
-def share(x):
-    return amount(x) and x < 1
-
-
-FROZEN = {"name": str, "sha256": str, "model": (..., str)}
-TRAINED = {"frozen": FROZEN, "model": weights, "at": {
-    "step": WHOLE, "sums": [float], "seconds": float, "best": float, "best_epoch": WHOLE}}
-
-
-def misfit(value, form, name):
-    """-> the name of the first part of `value` that has not its form, None where all have it.
-
-    A form is a type, a range of whole numbers, a question (a function), {key: form}, [form], with
-    ... behind it for at least one, [form, form] for exactly two, or (form, form) for either. Other
-    values stand for themselves. A float is any number but NaN and infinity; what may be absent has
-    (..., form).
-    """
-    if isinstance(form, dict):
-        if not isinstance(value, dict):
-            return name
-        parts = [(value.get(key, ...), part, f"{name}.{key}") for key, part in form.items()]
-        return next(filter(None, (misfit(*part) for part in parts)), None)
-    if isinstance(form, list):
-        if not isinstance(value, list):
-            return name
-        forms = form[:1] * len(value) if form[1:] in ([], [...]) else form
-        if len(forms) != len(value) or form[1:] == [...] and not value:
-            return name
-        return next(filter(None, (misfit(v, f, name) for v, f in zip(value, forms))), None)
-    if isinstance(form, tuple):
-        good = any(misfit(value, part, name) is None for part in form)
-    elif isinstance(form, range):
-        good = type(value) is int and value in form
-    elif form is float:
-        good = type(value) in (int, float) and abs(value) < 1e300
-    elif isinstance(form, type):
-        good = type(value) is form
-    else:
-        good = form(value) if callable(form) else type(value) is type(form) and value == form
-    return None if good else name
-
-
-def check_saved(saved, recipe, own, kept):
-    """-> the name of what in a checkpoint is not as train_<task>.py saves it, or None."""
-    kinds = {int: range(1, 2**24), float: amount, bool: bool, str: str}
-    fields = {name: share if "dropout" in name else kinds[kind]
-              for name, kind in recipe.__annotations__.items()}
-    fields.update({name: (..., type(was)(), fields[name])       # of older runs
-                   for name, was in recipe._field_defaults.items()})
-    config = {"root": OPTIONAL, "recipe": fields,
-              "seed": WHOLE, "clip": str, "precision": ("auto", "fp32", "bf16"),
-              "compile": bool, "accumulate": COUNT, "workers": COUNT,
-              **dict.fromkeys(ABLATIONS, bool), **own}
-    bad = misfit(saved, {"config": config}, "checkpoint")
-    if bad:
-        return bad
-    settings = saved["config"]["recipe"]
-    strange = [name for name in settings if name not in fields]
-    if strange:
-        return f"checkpoint.config.recipe.{strange[0]}"
-    at = {"epoch": range(settings["epochs"] + 1), **kept.get("at", {})}
-    return misfit(saved, {**kept, "at": at, "optimizer": (..., None, dict),
-                          "draw": (..., torch.Tensor)}, "checkpoint")
-
-
-def saved_settings(args, task, recipe, own, kept=TRAINED, other_data=False):
+def saved_settings(args, task, recipe, own, kept, other_data=False):
     """--resume or --eval: config, checkpoint, folder. Flags that contradict them are refused.
 
-    recipe: the script's. own: forms of its other settings. kept: of what it saves beside them.
-    other_data: --eval may name other --data; what the run was trained on is then `trained_on`.
+    recipe: the script's class. own: the forms of its other settings; kept: of what it saves beside
+    them. other_data: --eval may name other --data; what the run was trained on is then `trained_on`.
     """
     if args.resume and args.eval:
         raise InputError("--resume goes on with a run, --eval only looks at it; give one of them")
     path = Path(args.resume or args.eval)
     saved = load_checkpoint(path, task)
-    bad = check_saved(saved, recipe, own, kept)
-    if bad:
-        raise InputError(f"{path}: {bad} is not as this train_{task}.py saves it; take the other "
-                         ".pt file of the run, or start anew")
+    wrong = misfit(saved, {"config": config_form(recipe, own), **kept}) or next(
+        iter(saved["config"]["recipe"].keys() - recipe._fields), None)
+    if wrong:
+        raise InputError(f"{path}: {wrong} is not as this train_{task}.py saves it; take the "
+                         "other .pt file of the run, or the version that its config.json names")
     saved["file"] = str(path)
     cfg, other = saved["config"], []
     if other_data and args.eval and args.data not in (None, cfg["data"]):
@@ -246,10 +172,12 @@ def saved_settings(args, task, recipe, own, kept=TRAINED, other_data=False):
         cfg[name] = getattr(args, name) or cfg[name]
     if args.resume and "optimizer" not in saved:
         raise InputError(f"--resume {path}: holds no optimiser; resume the run's folder or last.pt")
-    if args.resume and saved["at"]["epoch"] >= cfg["recipe"]["epochs"]:
+    folder = path if path.is_dir() else path.parent
+    if args.resume and saved["at"]["epoch"] >= cfg["recipe"]["epochs"] and (
+            folder / "results.json").is_file():         # else it was killed before it had them
         raise InputError(f"--resume {path}: the run is finished, {saved['at']['epoch']} epochs; "
                          f"--eval {path} evaluates it")
-    return cfg, saved, path if path.is_dir() else path.parent
+    return cfg, saved, folder
 
 
 # ---- 2. Device and processes ---------------------------------------------------------------------
@@ -402,7 +330,7 @@ class Run:
 
     def __init__(self, task, cfg, setup, saved=None):
         self.task, self.cfg, self.setup, self.saved = task, cfg, setup, saved
-        self.folder, self.first = None, rank() == 0
+        self.folder, self.lock, self.first = None, None, rank() == 0
         self.at = dict(saved["at"]) if saved else {
             "epoch": 0, "step": 0, "sums": [], "seconds": 0.0, "best": -1.0, "best_epoch": 0}
         self.stopper, self.rows = Stopper(), 0
@@ -428,26 +356,19 @@ class Run:
                 self.stop()
 
     def restore(self):
-        """The state of the optimiser, as saved; its settings follow from the recipe."""
-        optimizer, saved = self.optimizer, self.saved["optimizer"]
+        """The optimiser's moments, as saved; its settings follow from the recipe."""
+        saved, optimizer = self.saved, self.optimizer
         try:
-            adam = isinstance(optimizer, torch.optim.AdamW)
-            if not all(map(weights, saved["state"].values())) or adam and not saved["state"]:
+            state = saved["optimizer"]["state"]
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            if any(x.shape not in ((), p.shape) for p, moments in optimizer.state.items()
+                   for x in moments.values()):
                 raise ValueError
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-            for group in optimizer.param_groups:
-                found = [(p, optimizer.state[p]) for p in group["params"] if p in optimizer.state]
-                for p, state in found:
-                    if state.keys() != found[0][1].keys() or any(
-                            x.shape not in ((), p.shape) for x in state.values()):
-                        raise ValueError
-        except Exception:                   # whatever torch makes of other content
-            self.refuse("optimizer")
-
-    def refuse(self, what):
-        raise InputError(f"{self.folder}: checkpoint.{what} is not of this model and device; take "
-                         "the other .pt file of the run, or start anew") from None
+            if self.at["step"]:
+                torch.Generator(self.setup.device).set_state(saved["draw"])
+        except Exception:                   # whatever torch makes of it
+            raise InputError(f"{self.folder}: its optimizer or draw does not fit this model and "
+                             "device; take the other .pt file of the run, or start anew") from None
 
     def begin(self, epoch):
         self.epoch, self.started, self.sums = epoch, time.time(), 0
@@ -461,10 +382,7 @@ class Run:
         """The steps of this epoch that are left; a stopped one goes on with what it had drawn."""
         at, recipe, first = self.at, self.cfg["recipe"], self.at["step"]
         if first:
-            try:
-                self.draw.set_state(self.saved["draw"])
-            except Exception:
-                self.refuse("draw")
+            self.draw.set_state(self.saved["draw"])
         bar = tqdm(range(first, count), initial=first, total=count, unit="step", leave=False,
                    desc=f"epoch {self.epoch + 1}/{recipe['epochs']}", disable=rank() > 0 or None)
         for step in bar:
@@ -534,16 +452,21 @@ class Run:
         self.folder = Path(folder[0])
         if not self.first:
             return
-        try:
+        with writing(f"--out {self.folder}", "give another folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.append("log.txt")
-        except OSError as error:
-            raise InputError(f"--out {self.folder}: cannot be written ({error.strerror}); give "
-                             "another folder") from None
+            self.lock = open(self.folder / ".lock", "w")
+        try:                                # until this process ends, however it does
+            fcntl and fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.folder}: another process is writing this run; wait for its "
+                             "end, or stop it") from None
+        for path in self.folder.glob("*.tmp"):          # of a process that was killed
+            path.unlink()
         if self.saved:
             path = self.folder / "metrics.jsonl"
-            text = path.read_bytes() if path.exists() else b""
-            lines = text.decode(errors="backslashreplace").splitlines(True)
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            lines = text.splitlines(True)
             self.write(path.name, "".join(lines[:self.at["epoch"] if kept is None else kept]))
         else:
             self.write("config.json", {**self.cfg, "command": sys.argv, "versions": versions()})
@@ -557,7 +480,8 @@ class Run:
     def append(self, name, text=""):
         if self.first and self.folder:
             # a file's name may hold bytes that are no text
-            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
+            path = self.folder / name
+            with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
 
     def results(self, metrics, best, parameters, form, **more):
@@ -589,7 +513,7 @@ class Run:
         path = self.folder / name
         if path.suffix == ".json":
             content = json.dumps(content, indent=1) + "\n"
-        try:
+        with writing(path):
             with open(f"{path}.tmp", "wb") as file:
                 if path.suffix == ".pt":
                     torch.save(content, file)
@@ -598,29 +522,99 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(f"{path}.tmp", path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); what was there before "
-                             "is intact") from None
+
+
+@contextlib.contextmanager
+def writing(path, cure="make room; what was there before is intact"):
+    """A file that cannot be written is one line. On a full disk torch.save has its own error."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "disk full?"
+        raise InputError(f"{path}: cannot be written ({reason}); {cure}") from None
 
 
 def load_checkpoint(path, task):
     """A checkpoint of this task: `path` is a .pt file, or a run folder with last.pt."""
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if (path.parent / "config.json").is_file() and not path.is_file():
-        raise InputError(f"{path}: nothing was saved yet; repeat the command of the run")
+    config = path.parent / "config.json"
+    if config.is_file() and not path.is_file():
+        command = shlex.join(map(str, json.loads(config.read_bytes())["command"]))
+        raise InputError(f"{path}: nothing was saved yet; repeat the run: python {command}")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; give a run folder or a .pt file")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["task"]
-        if not isinstance(saved, dict) or not isinstance(found, str):
-            raise ValueError
+        found = str(saved["task"])
     except Exception:
         raise InputError(f"{path}: not a checkpoint of these scripts, or cut short; take the other "
                          ".pt file of the run, or start anew") from None
     if found != task:
         raise InputError(f"{path}: a checkpoint of train_{found}.py, not of train_{task}.py")
     return saved
+
+
+WHOLE, COUNT = range(2**31), range(1, 2**24)            # forms, for `misfit`
+
+
+def amount(x):
+    return misfit(x, float) is None and x >= 0
+
+
+def tensors(x):
+    return isinstance(x, dict) and all(
+        isinstance(w, torch.Tensor) and w.is_cpu and w.layout == torch.strided
+        and not w.is_complex() and isinstance(name, str) for name, w in x.items())
+
+
+def moments(x):                             # of AdamW, or train_clip.py's Muon
+    return isinstance(x, dict) and len(x) > 0 and all(map(tensors, x.values())) and all(
+        part.keys() in ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})
+        for part in x.values())
+
+
+def trained(sums):
+    """The form of what is saved beside the config; sums: the length of `run.sums`."""
+    return {"frozen": {"name": str, "sha256": str, "model": (..., str)}, "model": tensors,
+            "optimizer": (..., {"state": moments}), "at": {
+                "epoch": WHOLE, "step": WHOLE, "sums": ([], [float] * sums), "seconds": float,
+                "best": float, "best_epoch": WHOLE}}
+
+
+def config_form(recipe, own):
+    """The form of a config: what all scripts share, the fields of a recipe, what is a script's."""
+    kinds = {int: COUNT, float: amount, bool: bool, str: str}
+    fields = {name: kinds[kind] for name, kind in recipe.__annotations__.items()}
+    share = {name: lambda x: amount(x) and x < 1 for name in fields if "dropout" in name}
+    return {"root": (None, str), "recipe": {**fields, **share}, "seed": WHOLE, "clip": str,
+            "precision": ("auto", "fp32", "bf16"), "compile": bool, "accumulate": COUNT,
+            "workers": COUNT, **dict.fromkeys(ABLATIONS, bool), **own}
+
+
+def misfit(value, form, name="checkpoint"):
+    """-> the name of the first part of `value` that has not its form, None where all have it.
+
+    A form is {key: form}; [form] for a list of them, [form, form] for one of two; (form, form) for
+    either, with ... for what may be absent; a type; a range of whole numbers; a function that says
+    whether; or the value itself. A float may be whole, but not NaN or infinite.
+    """
+    if isinstance(form, dict) and isinstance(value, dict):
+        parts = ((value.get(key, ...), part, f"{name}.{key}") for key, part in form.items())
+        return next(filter(None, (misfit(*part) for part in parts)), None)
+    if isinstance(form, list):
+        good = isinstance(value, list) and len(form) in (1, len(value)) and not any(
+            misfit(*part) for part in zip(value, itertools.cycle(form)))
+    elif isinstance(form, tuple):
+        good = any(misfit(value, part) is None for part in form)
+    elif isinstance(form, range):
+        good = type(value) is int and value in form
+    elif form is float:
+        good = type(value) in (int, float) and abs(value) < 1e300
+    elif isinstance(form, type):
+        good = type(value) is form
+    else:
+        good = form(value) if callable(form) else type(value) is type(form) and value == form
+    return None if good else name
 
 
 def load_weights(model, weights, used="", where="the saved weights", what="the model"):

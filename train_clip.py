@@ -26,8 +26,8 @@ from data import objects
 from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder, save_npz,
                            sources_of)
 from data.synthetic_objects import ALL_CLASSES, STRETCH, make_object
-from run import (TRAINED, InputError, Run, Setup, load_weights, main_guard, recipe_parser,
-                 saved_settings, seed_of, shared_flags, shared_settings, with_flags, world_size)
+from run import (InputError, Run, Setup, load_weights, main_guard, recipe_parser, saved_settings,
+                 seed_of, shared_flags, shared_settings, trained, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -428,7 +428,7 @@ def flags(argv):
 
 
 SAVED = {"data": "synthetic", "clip": None}             # forms of what is this script's own
-KEPT = {**TRAINED, "frozen": None}
+KEPT = {**trained(sums=3), "frozen": None}
 
 
 def settings(args):

@@ -20,9 +20,9 @@ import render
 from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
 from data import objects
 from kernels import farthest_point_sample
-from run import (OPTIONAL, InputError, Run, Setup, all_reduce, check_frozen, load_weights,
-                 main_guard, my_rows, parameter_groups, recipe_parser, saved_settings, seed_of,
-                 shared_flags, shared_settings, whole, with_flags, world_size)
+from run import (InputError, Run, Setup, all_reduce, check_frozen, load_weights, main_guard,
+                 my_rows, parameter_groups, recipe_parser, saved_settings, seed_of, shared_flags,
+                 shared_settings, trained, whole, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -381,7 +381,7 @@ def check_sizes(recipe):
 
 
 SAVED = {                                   # forms of the settings that are this script's own
-    "data": (*RECIPES,), "classes": [str, ...], "official": OPTIONAL,
+    "data": (*RECIPES,), "classes": [str], "official": (None, str),
     "text_loss": ("raw", "cosine", "off"), "test_fraction": float,
     "split": (..., None, [[str], [str]]), "up": (..., "y", "z")}
 
@@ -391,7 +391,7 @@ def settings(args):
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/cls-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED)
+        cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED, trained(sums=4))
         check_sizes(Recipe(**cfg["recipe"]))
         cfg["official"] = args.official or (None if args.clip else cfg["official"])
         return cfg, saved, folder

@@ -32,8 +32,8 @@ from data import scannet
 from data.files import (BrokenFile, check_outputs, check_span, own_clouds, read_boxes, read_cloud,
                         usable_boxes, write_boxes)
 from kernels import ball_query, farthest_point_sample
-from run import (OPTIONAL, InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
-                 rank, recipe_parser, saved_settings, seed_of, shared_flags, shared_settings,
+from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows, rank,
+                 recipe_parser, saved_settings, seed_of, shared_flags, shared_settings, trained,
                  whole, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
@@ -813,9 +813,18 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+def check_sizes(recipe):
+    fine = max(recipe.tokens, recipe.fine if recipe.fine >= 2 * recipe.tokens else 0)
+    if not recipe.queries <= recipe.tokens <= fine <= recipe.points:
+        raise InputError(f"--queries {recipe.queries} must be at most --tokens {recipe.tokens}, "
+                         f"and the {fine} patches at most --points {recipe.points}")
+    if recipe.queries < MAX_BOXES:
+        raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at "
+                         "least that many")
+
+
 SAVED = {                                   # forms of the settings that are this script's own
-    "data": (*RECIPES,), "classes": [str, ...], "official": (..., *OPTIONAL),
-    "trained_on": (..., str)}
+    "data": (*RECIPES,), "classes": [str], "official": (..., None, str)}
 
 
 def settings(args):
@@ -823,7 +832,9 @@ def settings(args):
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/det-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "det", Recipe, SAVED, other_data=True)
+        cfg, saved, folder = saved_settings(args, "det", Recipe, SAVED, trained(1 + len(WEIGHT)),
+                                            other_data=True)
+        check_sizes(Recipe(**cfg["recipe"]))
         official = args.official or (None if args.clip else cfg.get("official"))
         return {**cfg, "skip_broken": args.skip_broken, "official": official}, saved, folder
     recipe = RECIPES[args.like or args.data or "synthetic"]
@@ -832,13 +843,7 @@ def settings(args):
         recipe = recipe._replace(**released_sizes(args))
     recipe = with_flags(recipe, args)
     recipe = recipe._replace(queries=args.queries or min(recipe.queries, recipe.tokens))
-    fine = max(recipe.tokens, recipe.fine if recipe.fine >= 2 * recipe.tokens else 0)
-    if not recipe.queries <= recipe.tokens <= fine <= recipe.points:
-        raise InputError(f"--queries {recipe.queries} must be at most --tokens {recipe.tokens}, "
-                         f"and the {fine} patches at most --points {recipe.points}")
-    if recipe.queries < MAX_BOXES:
-        raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at "
-                         "least that many")
+    check_sizes(recipe)
     cfg = shared_settings(args, recipe, synthetic_clip="timm:vit_tiny_patch16_224=random")
     return {**cfg, "like": args.like, "skip_broken": args.skip_broken,
             "official": args.official}, None, None

@@ -12,6 +12,7 @@ edit `load_data` and RECIPES; the protocol, `draw_episode`; the head, `Classifie
 """
 import argparse
 import copy
+import itertools
 import json
 import os
 import sys
@@ -33,9 +34,9 @@ from data import objects
 from data.files import read_json, reading
 from data.objects import MODELNET40, read_fold
 from kernels import farthest_point_sample
-from run import (ABLATIONS, COUNT, FROZEN, OPTIONAL, WHOLE, InputError, Run, Setup, check_frozen,
-                 learning_rate, main_guard, parameter_groups, recipe_parser, saved_settings,
-                 seed_of, shared_flags, shared_settings, whole, with_flags)
+from run import (ABLATIONS, COUNT, WHOLE, InputError, Run, Setup, check_frozen, learning_rate,
+                 main_guard, parameter_groups, recipe_parser, saved_settings, seed_of,
+                 shared_flags, shared_settings, trained, whole, with_flags)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -446,6 +447,9 @@ def list_episodes(cfg, data, classes, own=None):
         cfg["settings"] = [
             list(s) for s in TABLE3 if s[0] <= len(classes)     # the field has no 30-way folds
             and (not folds or find_fold(folds, *s, 0, must=False))]
+        if not cfg["settings"]:
+            raise InputError(f"--table: {len(classes)} classes{f', {folds}' * bool(folds)}: nothing "
+                             "of Table 3 can be drawn; pass --way and --shot")
     episodes = {}
     for key in [(*s, i) for s in cfg["settings"] for i in range(cfg["episodes"])]:
         if not folds:
@@ -639,12 +643,12 @@ def check_sizes(recipe):
 
 SAVED = {                                   # forms of the settings that are this script's own
     "data": (*RECIPES,), "way": COUNT, "shot": COUNT, "table": bool, "shots_all": (None, COUNT),
-    "episodes": COUNT, "settings": [[COUNT, COUNT], ...], "folds": OPTIONAL,
-    "compare": [VARIANTS, ...], "text_loss": ("raw", "cosine", "off"), "test_fraction": float,
-    "published": bool, "split": (..., None, [[str], [str]])}
-KEPT = {"frozen": FROZEN, "done": [{        # and of what it saves beside them
-    "setting": [COUNT, COUNT], "episode": WHOLE, "variant": VARIANTS, "last": float, "best": float,
-    "best_epoch": COUNT, "seconds": float, "trained": WHOLE, "frozen": WHOLE, "classes": [str]}]}
+    "episodes": COUNT, "settings": [[COUNT, COUNT]], "folds": (None, str), "compare": [VARIANTS],
+    "text_loss": ("raw", "cosine", "off"), "test_fraction": float, "published": bool,
+    "split": (..., None, [[str], [str]])}
+KEPT = {"frozen": trained(0)["frozen"], "at": {"epoch": WHOLE}, "optimizer": None, "done": [{
+    "last": float, "best": float, "best_epoch": COUNT, "seconds": float, "trained": WHOLE,
+    "frozen": WHOLE, "classes": [str]}]}
 
 
 def settings(args):
@@ -659,7 +663,12 @@ def settings(args):
         check_sizes(Recipe(**cfg["recipe"]))
         if args.eval and args.clip:
             raise InputError("--eval prints what is saved and reads no weights; leave --clip out")
-        if args.eval and not saved["at"]["epoch"]:
+        order = [*itertools.product(cfg["settings"], range(cfg["episodes"]), cfg["compare"])]
+        done = [(r.get("setting"), r.get("episode"), r.get("variant")) for r in saved["done"]]
+        if not order or done != order[:len(done)]:
+            raise InputError(f"{folder}: checkpoint.done does not follow from its config; start "
+                             "anew")
+        if args.eval and len(done) < len(order):
             raise InputError(f"--eval {args.eval}: the run is not finished; --resume {args.eval} "
                              "goes on")
         return cfg, saved, folder

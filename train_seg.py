@@ -30,8 +30,8 @@ from data import s3dis
 from data.files import BrokenFile, check_outputs, check_span, own_clouds, read_cloud, write_ply
 from kernels import farthest_point_sample, interpolate, knn
 from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
-                 parameter_groups, rank, recipe_parser, saved_settings, seed_of,
-                 shared_flags, shared_settings, whole, with_flags, world_size)
+                 parameter_groups, rank, recipe_parser, saved_settings, seed_of, shared_flags,
+                 shared_settings, trained, whole, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -608,9 +608,15 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+def check_sizes(recipe):
+    if not recipe.neighbours <= recipe.tokens == recipe.points // 4:
+        raise InputError(f"--points {recipe.points}: a quarter of them become tokens, and each "
+                         f"needs {recipe.neighbours} neighbours; give at least "
+                         f"{4 * recipe.neighbours}")
+
+
 SAVED = {                                   # forms of the settings that are this script's own
-    "data": (*RECIPES,), "classes": [str, ...], "test_area": (int, str), "scale": (..., float),
-    "trained_on": (..., str)}
+    "data": (*RECIPES,), "classes": [str], "test_area": (int, str), "scale": (..., float)}
 
 
 def settings(args):
@@ -620,7 +626,9 @@ def settings(args):
     if (args.predict or args.vote) and not args.eval:
         raise InputError("--predict and --vote need a run: add --eval runs/seg-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "seg", Recipe, SAVED, other_data=True)
+        cfg, saved, folder = saved_settings(args, "seg", Recipe, SAVED, trained(sums=3),
+                                            other_data=True)
+        check_sizes(Recipe(**cfg["recipe"]))
         if "trained_on" in cfg:
             cfg.update(scale=1.0, test_area=args.test_area or 5)
         cfg["scale"] = args.scale or cfg.get("scale", 1.0)
@@ -629,10 +637,7 @@ def settings(args):
     data = args.data or "synthetic"
     recipe = with_flags(RECIPES[args.like or data], args)
     recipe = recipe._replace(tokens=recipe.points // 4)
-    if recipe.tokens < recipe.neighbours:
-        raise InputError(f"--points {recipe.points}: a quarter of them become tokens, and each "
-                         f"needs {recipe.neighbours} neighbours; give at least "
-                         f"{4 * recipe.neighbours}")
+    check_sizes(recipe)
     if args.test_area and data != "s3dis" and not (
             data == "folder" and s3dis.has_own_rooms(args.root or "data/folder")):
         raise InputError("--test-area belongs to --data s3dis and to folders in its layout, ROOT/"

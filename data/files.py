@@ -6,6 +6,7 @@
 Whatever is wrong with a file is a BrokenFile of one line: `reading` is the guard around every
 reader. What makes arrays looks first: at kinds of numbers, and at sizes before it asks for memory.
 """
+import io
 import json
 import math
 import pickle
@@ -39,11 +40,9 @@ class BrokenFile(InputError):
 def broken(where, error, cure="repair the file or move it out of the data"):
     """The BrokenFile for an exception, or a sentence, about the file `where`."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
-    if isinstance(error, KeyError):
-        text = f"has no {text}"
-    if isinstance(error, (RecursionError, UnicodeError)):
-        text = "is nested too deep" if isinstance(error, RecursionError) else "is not UTF-8"
-    return BrokenFile(f"{where}: {text or type(error).__name__}; {cure}")
+    text = {KeyError: f"has no {text}", RecursionError: "is nested too deep",
+            UnicodeDecodeError: "is not UTF-8"}.get(type(error), text or type(error).__name__)
+    return BrokenFile(f"{where}: {text}; {cure}")
 
 
 @contextmanager
@@ -271,35 +270,13 @@ def lzf(packed, size):
     return bytes(out)
 
 
-# ---- Many objects in one file: HDF5, pickles, archives -------------------------------------------
-
-def read_h5(files):
-    """`data` and `label` of HDF5 files, in order -> xyz (n, P, 3) float32, label (n,) int64."""
-    try:
-        import h5py
-    except ImportError:
-        raise InputError(f"{files[0]}: HDF5 files need h5py; pip install h5py") from None
-    xyz, label = [], []
-    for path in files:
-        cure = "not a readable HDF5 file with `data` and `label`: fetch it again"
-        with reading(path, cure), h5py.File(path) as file:
-            for name, want in ("data", (3,)), ("label", (1, 2)):
-                x = file[name]
-                if x.dtype.kind not in "iuf" or x.ndim not in want or (
-                        x.nbytes > MOST_PACKED * Path(path).stat().st_size):
-                    raise ValueError(f"its `{name}` is {x.dtype} of shape {x.shape}")
-            xyz.append(file["data"][..., :3].astype(np.float32))
-            label.append(file["label"][:].reshape(-1).astype(np.int64))
-            if xyz[-1].shape[1:] != (xyz[0].shape[1], 3) or len(xyz[-1]) != len(label[-1]):
-                raise ValueError(f"has {len(label[-1])} labels for clouds of shape {xyz[-1].shape}")
-    return np.concatenate(xyz), np.concatenate(label)
-
+# ---- Arrays in files: pickles, NumPy's own; archives ---------------------------------------------
 
 class PickledType:
     """Stands for numpy.dtype while a pickle is read: numbers of a known size, in either order."""
 
     def __init__(self, code, *_):
-        if not re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248])", code):
+        if not re.fullmatch("b1|[iu][1248]|f[248]", code):
             raise pickle.UnpicklingError(f"it holds {code[:20]!r}, not numbers")
         self.dtype = np.dtype(code)
 
@@ -308,23 +285,16 @@ class PickledType:
 
 
 class PickledArray(np.ndarray):
-    """A number array of a pickle. What the pickle says of it is checked before NumPy believes it:
-    a type that lies about its size ended the process."""
+    """An array of a pickle. NumPy believes what is said of it: a type that lied about its size
+    ended the process. `reshape` raises where there are not as many bytes as it says."""
 
     def __new__(cls, *_):
         return super().__new__(cls, 0, np.int8)
 
     def __setstate__(self, state):
         _, shape, kind, fortran, raw = state
-        unpacked(raw, kind, shape)
+        np.frombuffer(raw, kind.dtype).reshape(shape)
         super().__setstate__((1, shape, kind.dtype, bool(fortran), bytes(raw)))
-
-
-def unpacked(raw, kind, shape=()):
-    """The bytes of a pickled array -> a flat array; raises where they are not what it says."""
-    if min(shape, default=0) < 0 or math.prod(shape) * kind.dtype.itemsize != len(raw):
-        raise pickle.UnpicklingError(f"it has {len(raw)} bytes for {kind.dtype} of shape {shape}")
-    return np.frombuffer(raw, kind.dtype)
 
 
 class NumpyOnly(pickle._Unpickler):
@@ -333,21 +303,16 @@ class NumpyOnly(pickle._Unpickler):
     pickle's version in Python: the one in C makes a table as long as a file says it should be.
     """
     ALLOWED = {                             # nothing of NumPy is called by the file itself
-        "multiarray._reconstruct": PickledArray, "numpy.ndarray": PickledArray,
-        "numpy.dtype": PickledType,
-        "multiarray.scalar": lambda kind, raw: unpacked(raw, kind)[0],
-        "numeric._frombuffer": lambda raw, kind, shape, order, axes=None: (
-            unpacked(raw, kind, shape).reshape(shape, order="C" if axes else order)
-            .transpose(axes or range(len(shape))))}
+        "_reconstruct": PickledArray, "ndarray": PickledArray, "dtype": PickledType,
+        "scalar": lambda kind, raw: np.frombuffer(raw, kind.dtype)[0],
+        "_frombuffer": lambda raw, kind, shape, order, axes=None: (
+            np.frombuffer(raw, kind.dtype).reshape(shape, order="C" if axes else order)
+            .transpose(axes or range(len(shape)))),
+        "encode": lambda text, code: text.encode("latin1")}     # how protocol 2 writes bytes
 
     def find_class(self, module, name):
-        short = f"{module.rpartition('.')[2]}.{name}"
-        numpy_module = module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray",
-                                  "numpy.core.numeric", "numpy._core.numeric")
-        if numpy_module and short in self.ALLOWED:
-            return self.ALLOWED[short]
-        if (module, name) == ("_codecs", "encode"):   # how pickle's protocol 2 writes bytes
-            return lambda text, code: text.encode("latin1")
+        if module.split(".")[0] in ("numpy", "_codecs") and name in self.ALLOWED:
+            return self.ALLOWED[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a numpy array")
 
 
@@ -357,40 +322,28 @@ def read_pickle(path):
         return NumpyOnly(file).load()
 
 
-# ---- Arrays of NumPy -----------------------------------------------------------------------------
-
 NUMBERS = "biuf"                            # kinds of dtype
-MOST_PACKED = 1032                          # bytes that deflate makes of one, at most
 
 
-def load_npy(file, size=None, kinds=NUMBERS):
-    """An open .npy, of `size` bytes if that is not the file's own -> array. Raises ValueError."""
-    version = np.lib.format.read_magic(file)
-    headers = {(1, 0): np.lib.format.read_array_header_1_0,
-               (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in headers:
-        raise ValueError(f"its version is {version}, expected 1.0 or 2.0")
-    shape, _, dtype = headers[version](file)
-    if dtype.kind not in kinds or dtype.itemsize == 0:
+def load_npy(blob, kinds=NUMBERS):
+    """A .npy -> array. A header that promises too much gets no memory. Raises ValueError."""
+    file = io.BytesIO(blob)
+    version = "_".join(map(str, np.lib.format.read_magic(file)))
+    shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version}")(file)
+    if dtype.kind not in kinds:
         raise ValueError(f"holds {str(dtype)[:60]}, expected numbers")
-    if size is None:
-        size = file.seek(0, 2)
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+    if math.prod(shape) * dtype.itemsize > len(blob) - file.tell():
         raise ValueError(f"cut short: its header promises shape {shape}")
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
+    array = np.frombuffer(blob, dtype, math.prod(shape), file.tell())
+    return array.reshape(shape, order="F" if fortran else "C").copy("K")
 
 
 def load_npz(file, names=None, kinds=NUMBERS):
-    """An open .npz -> {name: array} of those `names` (None: all) that it has."""
-    most, found = MOST_PACKED * file.seek(0, 2), {}
+    """A .npz, its path or an open file -> {name: array} of those `names` (None: all) it has."""
     with zipfile.ZipFile(file) as archive:
-        members = {m.filename[:-4]: m for m in archive.infolist() if m.filename.endswith(".npy")}
-        for name in members if names is None else names:
-            if name in members:
-                with archive.open(members[name]) as member:
-                    found[name] = load_npy(member, min(members[name].file_size, most), kinds)
-    return found
+        found = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        return {name: load_npy(archive.read(member), kinds) for name, member in found.items()
+                if member.endswith(".npy") and (names is None or name in names)}
 
 
 def zip_members(path, suffix):
@@ -500,8 +453,8 @@ class Cloud(NamedTuple):
 
 def read_npy(path, columns):
     """A .npy of at least `columns` columns; 0: of one dimension, whole numbers."""
-    with reading(path), open(path, "rb") as file:
-        array = load_npy(file)
+    with reading(path):
+        array = load_npy(Path(path).read_bytes())
         if array.ndim != 1 + (columns > 0) or columns and array.shape[1] < columns:
             wanted = f"at least {columns} columns" if columns else "one number a point"
             raise ValueError(f"expected {wanted}, found shape {array.shape}")
@@ -512,7 +465,7 @@ def read_npy(path, columns):
 
 def whole_numbers(array):
     """-> int64, or a ValueError: a fraction, a NaN, or too large to be a number of anything."""
-    bad = ~((np.abs(array.astype(np.float64)) < 2**53) & (array == np.floor(array)))
+    bad = ~((np.abs(array) < 2**53) & (array == np.floor(array)))
     if bad.any():
         raise ValueError(f"has {array[bad][0]:g}, expected whole numbers")
     return array.astype(np.int64)
@@ -574,13 +527,11 @@ def read_cloud(path, classes=None, colours=True):
             if "label" in wanted and "label" in table.dtype.names:
                 found["label"] = table["label"]
         elif suffix == ".npz":
-            with open(path, "rb") as file:
-                found = load_npz(file, wanted)
+            found = load_npz(path, wanted)
         elif suffix != ".npy":
             raise ValueError(f"not a format that is read here ({' '.join(ROOMS)})")
         else:
-            with open(path, "rb") as file:
-                table = load_npy(file)
+            table = load_npy(path.read_bytes())
             if table.ndim != 2 or table.shape[1] < 3 or classes and table.shape[1] not in (4, 7):
                 columns_are = "x y z label, or x y z r g b label" if classes else "x y z ..."
                 raise ValueError(f"shape {table.shape}; expected columns {columns_are}")
@@ -599,8 +550,6 @@ def checked(found, classes=None):
     xyz = found["xyz"]
     if xyz.ndim != 2 or xyz.shape[1] < 3:
         raise ValueError(f"shape {xyz.shape}; expected x y z of every point")
-    if xyz.dtype.kind not in "iuf":
-        raise ValueError(f"holds {xyz.dtype}, expected numbers")
     if len(xyz) == 0 or not np.isfinite(xyz[:, :3]).all():
         raise ValueError("has no points, or NaN coordinates")
     found["xyz"], offset = near_origin(xyz[:, :3])
@@ -626,10 +575,7 @@ def checked(found, classes=None):
         if boxes.shape[1:] != (7,) or not np.isfinite(boxes).all():
             raise ValueError(f"has NaN in its boxes, or not seven numbers each: {boxes.shape}")
         boxes[:, :3] = found_boxes[:, :3] - offset
-    own = found.get("offset", np.zeros(3))                      # prepared files have their own
-    if own.shape != (3,) or not np.isfinite(own).all():
-        raise ValueError(f"its offset is not three numbers: {own}")
-    found["offset"] = offset + own
+    found["offset"] = offset + found.get("offset", offset * 0).reshape(3)   # a prepared file's own
     return Cloud(**found)
 
 
@@ -651,11 +597,7 @@ def read_boxes(path, offset=0):
     """
     names, boxes = [], []
     with reading(path, f"{A_SCENE}; repair it"):
-        try:
-            content = read_json(path)
-        except json.JSONDecodeError as error:
-            raise broken(path, f"line {error.lineno} is not JSON ({error.msg})",
-                         "repair it") from None
+        content = read_json(path)
         if not isinstance(content, list):
             raise ValueError("is not a list")
         for number, box in enumerate(content):
@@ -670,8 +612,8 @@ def read_boxes(path, offset=0):
         boxes = np.array(boxes, np.float64).reshape(-1, 6)
         boxes[:, :3] -= offset
         boxes = boxes.astype(np.float32)
-    if not np.isfinite(boxes).all():
-        raise broken(path, "has NaN coordinates", "repair the file")
+        if not np.isfinite(boxes).all():
+            raise ValueError("has NaN coordinates")
     return names, boxes
 
 

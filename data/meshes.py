@@ -32,7 +32,7 @@ def read_object(blob, suffix):
     elif suffix in MESHES:
         xyz, faces = read_mesh(blob, suffix)
     elif suffix == ".npy":
-        xyz = load_npy(io.BytesIO(blob))
+        xyz = load_npy(blob)
     elif suffix == ".npz":
         names = zipfile.ZipFile(io.BytesIO(blob)).namelist()
         names = [name.removesuffix(".npy") for name in names]

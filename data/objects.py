@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from data.files import (broken, files_in, is_litter, loose_in, part_folder, passed_over, read_h5,
+from data.files import (broken, files_in, is_litter, loose_in, part_folder, passed_over,
                         read_lines, read_pickle, reading, refuse_copies, say, zip_members)
 from data.meshes import SUFFIXES, read_object, sample_surface
 from data.prepared import (in_parallel, is_fresh, kept_in, load_prepared, prepared_folder, save_npz,
@@ -236,6 +236,27 @@ def read_list(path):
     if not path.is_file():
         raise InputError(f"{path}: missing; the archive modelnet40_normal_resampled.zip has it")
     return " ".join(read_lines(path)).split()
+
+
+def read_h5(files):
+    """`data` and `label` of HDF5 files, in order -> xyz (n, P, 3) float32, label (n,) int64."""
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f"{files[0]}: HDF5 files need h5py; pip install h5py") from None
+    xyz, label = [], []
+    for path in files:
+        cure = "not a readable HDF5 file with `data` and `label`: fetch it again"
+        with reading(path, cure), h5py.File(path) as file:
+            most = 1032 * Path(path).stat().st_size             # deflate makes no more of it
+            for x in file["data"], file["label"]:
+                if x.dtype.kind not in "iuf" or x.nbytes > most:
+                    raise ValueError(f"its `{x.name[1:]}` is {x.dtype} of shape {x.shape}")
+            xyz.append(file["data"][..., :3].astype(np.float32))
+            label.append(file["label"][:].reshape(-1).astype(np.int64))
+            if xyz[-1].shape[1:] != (xyz[0].shape[1], 3) or len(xyz[-1]) != len(label[-1]):
+                raise ValueError(f"has {len(label[-1])} labels for clouds of shape {xyz[-1].shape}")
+    return np.concatenate(xyz), np.concatenate(label)
 
 
 def read_h5_of_ten(files):

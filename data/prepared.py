@@ -54,8 +54,8 @@ def contents(archive):
 
 def load_prepared(path, names=None):
     """A prepared file -> {name: array} of those `names` (None: all) that it has."""
-    with reading(path, "remove it, and it is made again"), open(path, "rb") as file:
-        return load_npz(file, names, NUMBERS + "U")
+    with reading(path, "remove it, and it is made again"):
+        return load_npz(path, names, NUMBERS + "U")
 
 
 def kept_in(paths, name):
