@@ -27,6 +27,11 @@ import time
 import warnings
 from pathlib import Path
 
+at_once = signal.getsignal(signal.SIGINT) is signal.default_int_handler and (
+    Path(sys.argv[0]).name.startswith("train_"))
+if at_once:                                 # Ctrl-C while torch is imported: without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -330,7 +335,7 @@ class Run:
 
     def __init__(self, task, cfg, setup, saved=None):
         self.task, self.cfg, self.setup, self.saved = task, cfg, setup, saved
-        self.folder, self.lock, self.first = None, None, rank() == 0
+        self.folder, self.log, self.first = None, None, rank() == 0
         self.at = dict(saved["at"]) if saved else {
             "epoch": 0, "step": 0, "sums": [], "seconds": 0.0, "best": -1.0, "best_epoch": 0}
         self.stopper, self.rows = Stopper(), 0
@@ -454,16 +459,15 @@ class Run:
             return
         with writing(f"--out {self.folder}", "give another folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.append("log.txt")
-            self.lock = open(self.folder / ".lock", "w")
-        try:                                # until this process ends, however it does
-            fcntl and fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.log = open(self.folder / "log.txt", "ab", buffering=0)
+        try:                                # a lock until this process ends, however it does
+            fcntl and fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{self.folder}: another process is writing this run; wait for its "
                              "end, or stop it") from None
-        for path in self.folder.glob("*.tmp"):          # of a process that was killed
-            path.unlink()
         if self.saved:
+            for path in self.folder.glob("*.tmp"):      # of a process that was killed
+                path.unlink()
             path = self.folder / "metrics.jsonl"
             text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
             lines = text.splitlines(True)
@@ -475,14 +479,16 @@ class Run:
     def print(self, text):
         if self.first:
             print(text, flush=True)
-        self.append("log.txt", f"{text}\n")
+        if self.log:
+            with writing(self.folder / "log.txt"):
+                self.log.write(f"{text}\n".encode(errors="backslashreplace"))
 
-    def append(self, name, text=""):
+    def append(self, name, text):
         if self.first and self.folder:
             # a file's name may hold bytes that are no text
             path = self.folder / name
-            with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+            with writing(path), open(path, "ab") as file:
+                file.write(text.encode(errors="backslashreplace"))
 
     def results(self, metrics, best, parameters, form, **more):
         """results.json. best: the metric that chose best.pt; form: what was read."""
@@ -665,6 +671,8 @@ def main_guard(main):
     """Run a script: what its user can put right becomes one line on stderr and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a letter of a file's name
         sys.stdout.reconfigure(errors="backslashreplace")
+    if at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except InputError as error:

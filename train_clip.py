@@ -14,6 +14,7 @@ takes it; the repository does not hold one yet.
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import numpy as np
 import torch
 import torch.nn.functional as F

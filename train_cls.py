@@ -11,6 +11,7 @@ pass another --clip or edit `EPCLEncoder` in common.py.
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import torch
 from torch import nn
 from torch.profiler import record_function
@@ -302,13 +303,13 @@ def main(argv=None):
         voted = metrics[f"accuracy_{args.vote}_votes"] = accuracies(votes)[0]
         run.print(f"voting   accuracy {100 * voted:.2f} %, {args.vote} votes, one repeat")
     if not args.eval:
-        run.results(metrics, "accuracy", common.sizes(model), form)
         run.confusion(confusion, classes)
         title = (f"{len(test.label):,} test clouds, accuracy {100 * overall:.1f} %; some of them, "
                  f"wrong ones in red; {cfg['up']} points up")
         if run.first:
             render.save(run.folder / "look.png", picture(model, test.xyz, test.label, setup, cfg,
                                                          title))
+        run.results(metrics, "accuracy", common.sizes(model), form)
         run.print(f"look     {run.folder}/look.png")
 
 
@@ -359,7 +360,7 @@ def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser, CLIP_NAMES)
     flag = parser.add_argument
-    flag("--points", type=whole(1), metavar="N", help="points of a cloud")
+    flag("--points", type=whole(1, 10**6), metavar="N", help="points of a cloud")
     flag("--groups", type=whole(1), metavar="G", help="patches of a cloud")
     flag("--neighbours", type=whole(1), metavar="K", help="points of a patch, at most 64")
     flag("--text-loss", choices=["raw", "cosine", "off"],

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -752,10 +753,10 @@ def main(argv=None):
         render.save(Path(args.export) / "look.png", picture(test, found))
         run.print(f"export   {len(test)} scenes in {args.export}: true boxes green, detections red")
     if not args.eval:
-        run.results({"map25": ap[0.25], "map50": ap[0.5]}, "map25", common.sizes(model), form,
-                    train_metrics={"map25": seen[0.25], "map50": seen[0.5]})
         if run.first:
             render.save(run.folder / "look.png", picture(test, found))
+        run.results({"map25": ap[0.25], "map50": ap[0.5]}, "map25", common.sizes(model), form,
+                    train_metrics={"map25": seen[0.25], "map50": seen[0.5]})
         run.print(f"look     {run.folder}/look.png")
 
 
@@ -796,7 +797,7 @@ def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser, CLIP_NAMES)
     flag = parser.add_argument
-    flag("--points", type=whole(1), metavar="N", help="points of a scene")
+    flag("--points", type=whole(1, 10**6), metavar="N", help="points of a scene")
     flag("--tokens", type=whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048); "
                                                       "fewer are cut from a finer level")
     flag("--queries", type=whole(1), metavar="Q", help="boxes proposed, at most --tokens")

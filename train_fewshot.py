@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import numpy as np
 import torch
 from scipy.special import stdtrit
@@ -448,8 +449,8 @@ def list_episodes(cfg, data, classes, own=None):
             list(s) for s in TABLE3 if s[0] <= len(classes)     # the field has no 30-way folds
             and (not folds or find_fold(folds, *s, 0, must=False))]
         if not cfg["settings"]:
-            raise InputError(f"--table: {len(classes)} classes{f', {folds}' * bool(folds)}: nothing "
-                             "of Table 3 can be drawn; pass --way and --shot")
+            raise InputError(f"--table: nothing of Table 3 is in {folds or data.form}; pass --way "
+                             "and --shot")
     episodes = {}
     for key in [(*s, i) for s in cfg["settings"] for i in range(cfg["episodes"])]:
         if not folds:
@@ -624,7 +625,7 @@ def flags(argv):
     flag("--folds", metavar="DIR", help="episodes from files: Point-BERT's 5way_10shot/0.pkl, or a "
                                         "run's own episodes/ (default: drawn from --seed)")
     shared_flags(parser, CLIP_NAMES)
-    flag("--points", type=whole(1), metavar="N", help="points of a cloud")
+    flag("--points", type=whole(1, 10**6), metavar="N", help="points of a cloud")
     flag("--groups", type=whole(1), metavar="G", help="patches of a cloud")
     flag("--neighbours", type=whole(1), metavar="K", help="points of a patch, at most 64")
     flag("--text-loss", choices=["raw", "cosine", "off"],

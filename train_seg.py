@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -543,12 +544,12 @@ def main(argv=None):
         run.print(f"export   {len(test)} rooms in {args.export}")
     if not args.eval:
         iou = {name: None if np.isnan(x) else float(x) for name, x in zip(classes, result["iou"])}
-        run.results({name: result[name] for name in ("miou", "macc", "oa")}, "miou",
-                    common.sizes(model), form, iou=iou, votes=votes,
-                    block_metrics={"miou": blocks["miou"]})
         run.confusion(counts, classes)
         if run.first:
             render.save(run.folder / "look.png", picture(shown, classes))
+        run.results({name: result[name] for name in ("miou", "macc", "oa")}, "miou",
+                    common.sizes(model), form, iou=iou, votes=votes,
+                    block_metrics={"miou": blocks["miou"]})
         run.print(f"look     {run.folder}/look.png")
 
 
@@ -590,7 +591,7 @@ def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser, CLIP_NAMES)
     flag = parser.add_argument
-    flag("--points", type=whole(1), metavar="N",
+    flag("--points", type=whole(1, 10**6), metavar="N",
          help="points of a block; a quarter of them become tokens")
     flag("--like", choices=RECIPES, help="take another row of the table: `synthetic` suits few "
                                          "rooms and no GPU")

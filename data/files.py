@@ -215,7 +215,7 @@ def near_origin(xyz):
     if len(xyz) and np.abs(xyz).max() > 1e4:
         offset = np.floor(xyz.min(0).astype(np.float64))
         xyz = xyz.astype(np.float64) - offset
-        if xyz.max() > np.finfo(np.float32).max:
+        if xyz.max() > 1e15:                # float32 holds no squares of them
             raise ValueError("has coordinates too large to be meant")
     return np.ascontiguousarray(xyz, np.float32), offset
 

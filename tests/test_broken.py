@@ -1,5 +1,6 @@
 """Files that cannot be read: whatever is in them, one line that names the file."""
 import copy
+import importlib
 import json
 import math
 import os
@@ -509,6 +510,45 @@ def test_a_checkpoint_with_other_content_is_named(tmp_path):
         assert alike or where[:2] in {("config", "frozen"), ("optimizer", "param_groups")} or (
             where[-1] in ("root", "official")), (where, value)
     assert len(accepted) < 30
+
+
+CHANGES = [                                             # of a checkpoint's config: what is named
+    ("cls", {"recipe.groups": 2000}, "--groups 2000 must be at most --points"),
+    ("cls", {"recipe.more": 1}, "more is not as this train_cls.py saves it"),
+    ("cls", {"recipe.dropout": 1.0}, "checkpoint.config.recipe.dropout is not as"),
+    ("det", {"recipe.queries": 2000}, "--queries 2000 must be at most --tokens"),
+    ("det", {"recipe.points": 100}, "patches at most --points 100"),
+    ("det", {"recipe.layers": 2**40}, "checkpoint.config.recipe.layers is not as"),
+    ("seg", {"recipe.tokens": 64}, "a quarter of them become tokens"),
+    ("seg", {"recipe.neighbours": 5000}, "each needs 5000 neighbours"),
+    ("clip", {"recipe.width": 0}, "checkpoint.config.recipe.width is not as"),
+    ("fewshot", {"settings": []}, "done does not follow from its config"),
+    ("fewshot", {"settings": [[5, 20]]}, "done does not follow from its config"),
+    ("fewshot", {"episodes": 11}, "the run is not finished"),
+    ("fewshot", {"compare": ["none"]}, "checkpoint.config.compare is not as")]
+
+
+@pytest.mark.parametrize("task, change, words", CHANGES, ids=str)
+def test_a_config_that_contradicts_itself_is_named_where_it_is_loaded(task, change, words,
+                                                                      tmp_path):
+    script = importlib.import_module(f"train_{task}")
+    cfg = script.settings(script.flags([]))[0]
+    cfg.update(classes=["a", "b"], published=False)
+    saved = {"task": task, "config": cfg, "at": run.Run("", cfg, None).at, "model": {},
+             "frozen": None if task == "clip" else {"name": "random", "sha256": "0"}}
+    if task == "fewshot":
+        line = {"setting": [5, 10], "variant": "frozen", "last": 0.5, "best": 0.5, "best_epoch": 1,
+                "seconds": 1.0, "trained": 1, "frozen": 1, "classes": ["a"]}
+        saved.update(optimizer=None, done=[{**line, "episode": i} for i in range(10)])
+    torch.save(saved, tmp_path / "last.pt")
+    flags = script.flags(["--eval", str(tmp_path)])
+    assert script.settings(flags)[0]["classes"] == ["a", "b"]
+    for key, value in change.items():
+        part, _, name = key.rpartition(".")
+        (cfg[part] if part else cfg)[name] = value
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(InputError, match=words):
+        script.settings(flags)
 
 
 def test_a_checkpoint_is_read_or_named_whatever_its_bytes(tmp_path):

@@ -247,6 +247,21 @@ def test_a_mistake_on_the_command_line_is_answered_in_one_line(finished, flags, 
     assert "\n" not in str(error.value)
 
 
+def test_a_run_that_was_killed_between_its_last_epoch_and_its_results_is_finished(
+        finished, tmp_path, folder):
+    shutil.copytree(finished, tmp_path / "run")
+    for name in ("results.json", "look.png"):
+        (tmp_path / "run" / name).unlink()
+    train_cls.main(["--resume", str(tmp_path / "run")])
+    for name in ("look.png", "metrics.jsonl", "last.pt"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+    was, now = (json.loads((run / "results.json").read_bytes())
+                for run in (finished, tmp_path / "run"))
+    assert now == was
+    with pytest.raises(InputError, match="the run is finished"):
+        train_cls.main(["--resume", str(tmp_path / "run")])
+
+
 def script(*args):
     env = {k: v for k, v in os.environ.items()
            if k not in ("WORLD_SIZE", "RANK", "TRITON_INTERPRET")}
