@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoint import load_weights
 from kernels import farthest_point_sample, group, knn, use_triton
-from run import InputError, all_reduce, load_weights, rank, world_size
+from run import InputError, all_reduce, rank, world_size
 
 # ---- 1. Point tokenizer --------------------------------------------------------------------------
 def gather(values, idx):

@@ -11,8 +11,9 @@ from argparse import Namespace
 import torch
 
 import common
+from checkpoint import load_weights
 from common import FrozenCLIP
-from run import InputError, load_weights
+from run import InputError
 
 CLIP = "encoder.clip_vit."                  # the beginning of the names of CLIP's weights
 RENAMED = (                                 # parts of LAMM's names -> ours, one after the other

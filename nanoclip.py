@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from run import InputError, load_weights, misfit
+from checkpoint import load_weights, misfit
+from run import InputError
 
 FILE = Path(__file__).parent / "data" / "nanoclip.safetensors"
 SHA256 = ""                     # of FILE
 SIZE = range(1, 1025)               # a larger one would be built before it is refused
-ABOUT = {                       # form of what the file says of itself; run.misfit
+ABOUT = {                       # form of what the file says of itself; checkpoint.misfit
     "words": [str], "config": {
         "embed_dim": SIZE, "stem": SIZE,
         "vision_cfg": {"layers": range(1, 25), "width": SIZE, "head_width": SIZE,

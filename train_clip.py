@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 import nanoclip
 import render
+from checkpoint import load_weights, saved_settings, trained
 from data import objects
 from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder, save_npz,
                            sources_of)
 from data.synthetic_objects import ALL_CLASSES, STRETCH, make_object
-from run import (InputError, Run, Setup, load_weights, main_guard, recipe_parser, saved_settings,
-                 seed_of, shared_flags, shared_settings, trained, with_flags, world_size)
+from run import (InputError, Run, Setup, main_guard, recipe_parser, seed_of, shared_flags,
+                 shared_settings, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):

@@ -18,12 +18,13 @@ from torch.profiler import record_function
 
 import common
 import render
+from checkpoint import check_frozen, load_weights, saved_settings, trained
 from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
 from data import objects
 from kernels import farthest_point_sample
-from run import (InputError, Run, Setup, all_reduce, check_frozen, load_weights, main_guard,
-                 my_rows, parameter_groups, recipe_parser, saved_settings, seed_of, shared_flags,
-                 shared_settings, trained, whole, with_flags, world_size)
+from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, parameter_groups,
+                 recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags,
+                 world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):

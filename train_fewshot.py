@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 import common
 import render
+from checkpoint import COUNT, WHOLE, check_frozen, saved_settings, trained
 from common import CLIP_NAMES, Classifier, gather, loss_terms, prompt_features
 from data import objects
 from data.files import read_json, reading
 from data.objects import MODELNET40, read_fold
 from kernels import farthest_point_sample
-from run import (ABLATIONS, COUNT, WHOLE, InputError, Run, Setup, check_frozen, learning_rate,
-                 main_guard, parameter_groups, recipe_parser, saved_settings, seed_of,
-                 shared_flags, shared_settings, trained, whole, with_flags)
+from run import (ABLATIONS, InputError, Run, Setup, learning_rate, main_guard, parameter_groups,
+                 recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):

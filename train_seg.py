@@ -25,14 +25,15 @@ from tqdm import tqdm
 
 import common
 import render
+from checkpoint import check_frozen, saved_settings, trained
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import s3dis
 from data.files import BrokenFile, check_outputs, check_span, own_clouds, read_cloud, write_ply
 from kernels import farthest_point_sample, interpolate, knn
-from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
-                 parameter_groups, rank, recipe_parser, saved_settings, seed_of, shared_flags,
-                 shared_settings, trained, whole, with_flags, world_size)
+from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, parameter_groups, rank,
+                 recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags,
+                 world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):

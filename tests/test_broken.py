@@ -15,6 +15,7 @@ import torch
 from test_files import CLOUD, CUBE, FACES, array, off, pcd, pcd_columns, pcd_rows, ply, ply_mesh
 from test_scannet import TSV, raw_scan
 
+import checkpoint
 import common
 import look
 import nanoclip
@@ -462,7 +463,7 @@ def resumed(path):
     """The checkpoint as a run that goes on meets it, up to its first step."""
     cfg, saved, folder = train_cls.settings(train_cls.flags(["--resume", str(path)]))
     model = torch.nn.Linear(2, 1)
-    run.load_weights(model, saved["model"], where=saved["file"])
+    checkpoint.load_weights(model, saved["model"], where=saved["file"])
     going = run.Run("cls", cfg, run.Setup("cpu", "fp32"), saved)
     optimizer = torch.optim.AdamW(model.parameters())
     going.folder, going.first = path, False

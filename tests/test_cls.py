@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import render
 import run
 import train_cls
@@ -295,7 +296,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tiny_clip, tmp_path):
     assert process.returncode == 130, err
     assert f"go on with: python train_cls.py --resume {tmp_path / 'run'}" in out
     assert "Traceback" not in err
-    assert run.load_checkpoint(tmp_path / "run", "cls")["at"]["epoch"] >= 1
+    assert checkpoint.load_checkpoint(tmp_path / "run", "cls")["at"]["epoch"] >= 1
 
 
 NO_DROPOUT = """
@@ -356,7 +357,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
     monkeypatch.setattr(train_cls, "loss_terms", break_down)
     with pytest.raises(InputError, match="not finite in epoch 2"):
         train_cls.main(arguments(folder, tiny_clip, tmp_path / "run"))
-    saved = run.load_checkpoint(tmp_path / "run", "cls")
+    saved = checkpoint.load_checkpoint(tmp_path / "run", "cls")
     assert saved["at"]["epoch"] == 1 and all(w.isfinite().all() for w in saved["model"].values())
 
 
@@ -392,7 +393,7 @@ def test_weights_are_known_by_their_hash_wherever_they_lie(folder, tiny_clip, tm
         train_cls.main(["--resume", str(tmp_path / "run")])
     moved = ["--clip", f"timm:test_vit={there}"]
     train_cls.main(["--resume", str(tmp_path / "run"), *moved])
-    saved = run.load_checkpoint(tmp_path / "run", "cls")
+    saved = checkpoint.load_checkpoint(tmp_path / "run", "cls")
     assert saved["config"]["clip"] == saved["frozen"]["name"] == moved[1]
     capsys.readouterr()
     train_cls.main(["--eval", str(tmp_path / "run")])
@@ -414,7 +415,7 @@ def test_the_split_belongs_to_the_run(tiny_clip, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(run.Stopper, "now", lambda self, step: True)
         train_cls.main([*small, "--out", str(tmp_path / "parts")])
-    split = run.load_checkpoint(tmp_path / "whole", "cls")["config"]["split"]
+    split = checkpoint.load_checkpoint(tmp_path / "whole", "cls")["config"]["split"]
     assert [len(names) for names in split] == [48, 12]
     printed = capsys.readouterr().out
     shutil.copy(root / "ball/o1.npy", root / "ball/aa.npy")

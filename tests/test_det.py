@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import common
 import render
 import run
@@ -612,7 +613,7 @@ def test_a_run_with_the_patches_of_an_earlier_version_is_one_line(small):
 def test_a_saved_run_is_evaluated_on_other_data(small, own, capsys, tmp_path):
     """By the names of its classes, whatever the other data would have made of them."""
     det.main([*small, "--data", "folder", "--root", str(own), "--like", "synthetic"])
-    classes = run.load_checkpoint("runs/det-folder-1", "det")["config"]["classes"]
+    classes = checkpoint.load_checkpoint("runs/det-folder-1", "det")["config"]["classes"]
     assert 1 < len(classes) < len(synthetic_rooms.FURNITURE)
     printed = capsys.readouterr().out.splitlines()
     other = tmp_path / "other"

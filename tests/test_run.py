@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import kernels
 import run as run_module
-from run import InputError, Run, Setup, check_frozen, learning_rate, load_checkpoint
+from checkpoint import check_frozen, load_checkpoint
+from run import InputError, Run, Setup, learning_rate
 
 ROOT = Path(__file__).parent.parent
 CFG = {"data": "toy", "seed": 3, "frozen": {"name": "none", "sha256": "0" * 64},
@@ -160,10 +162,10 @@ def test_a_checkpoint_of_another_script_or_of_other_frozen_weights_is_refused(tm
 def test_a_checkpoint_with_the_names_of_before_says_what_to_do():
     model = torch.nn.Linear(2, 1)
     with pytest.raises(InputError, match="from before 26 November 2026.*train anew"):
-        run_module.load_weights(model, {"encoder.tokenizer.first.0.weight": torch.zeros(1)})
+        checkpoint.load_weights(model, {"encoder.tokenizer.first.0.weight": torch.zeros(1)})
     with pytest.raises(InputError, match=r"do not fit the model: 2 tensors differ, "
                                          r"weight \(5,\) for \(1, 2\), bias missing for \(1,\)"):
-        run_module.load_weights(model, {"weight": torch.zeros(5)})
+        checkpoint.load_weights(model, {"weight": torch.zeros(5)})
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
