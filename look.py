@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 
 import render
+from checkpoint import misfit
 from data.files import read_lines, reading
 from run import InputError, Parser, main_guard
 
 NO_CURVE = ("epoch", "seconds")
+FEWSHOT = {"variant": str, "setting": [int, int], "curve": [float]}     # form of a line
 
 
 def curves_of(run):
@@ -29,8 +31,12 @@ def curves_of(run):
     lines = []
     for i, text in enumerate(read_lines(path), 1):
         try:
-            lines.append(dict(json.loads(text)))
-            check_line(lines)
+            lines.append(json.loads(text))
+            form = {**dict.fromkeys(lines[-1], (None, float)), "epoch": int}
+            if "curve" in lines[0]:
+                form = {**FEWSHOT, "curve": [float] * len(lines[0]["curve"])}
+            if misfit(lines[-1], form):
+                raise ValueError
         except Exception:                   # whatever json makes of it
             raise InputError(f"{path}: line {i} is broken; remove it") from None
     if not lines:
@@ -49,19 +55,6 @@ def curves_of(run):
             if metric not in NO_CURVE and value is not None:
                 found.setdefault(metric, []).append((line["epoch"], value))
     return {name: found}
-
-
-def check_line(lines):
-    """Raise where the last line is not one that a run writes, as the first is."""
-    line = lines[-1]
-    if "curve" in lines[0]:
-        curve = [line["variant"], *line["setting"], len(line["curve"]) == len(lines[0]["curve"])]
-        numbers, good = line["curve"], len(curve) == 4 and curve[3]
-    else:
-        numbers = [value for value in line.values() if value is not None]
-        good = type(line["epoch"]) is int
-    if not good or not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):
-        raise ValueError
 
 
 def draw_curves(runs, out):

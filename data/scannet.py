@@ -130,10 +130,9 @@ def read_raw(folder, nyu40, most=MOST):
     overwrite earlier ones where they share segments, in the order of the file. A scan without
     axisAlignment (of the test set, or of v1) stays as it stands, and has `unaligned`.
     """
-    files = files_of(folder)
-    path = files["pose"]
-    try:
-        lines = read_lines(path)
+    files, cure = files_of(folder), "fetch it again"
+    with reading(files["pose"], cure):
+        lines = read_lines(files["pose"])
         lines = dict(line.split("=", 1) for line in lines if "=" in line)
         lines = {key.strip(): value for key, value in lines.items()}
         align = np.eye(4)
@@ -141,22 +140,21 @@ def read_raw(folder, nyu40, most=MOST):
             align = np.array(lines["axisAlignment"].split(), np.float64).reshape(4, 4)
         if not np.isfinite(align).all():
             raise ValueError("its axisAlignment has NaN")
-        path = files["mesh"]
-        table, _ = read_ply(path.read_bytes(), faces=False)
+    with reading(files["mesh"], cure):
+        table, _ = read_ply(files["mesh"].read_bytes(), faces=False)
         vertices = columns(table, "x", "y", "z")
-        colours = columns(table, "red", "green", "blue", kind=None)
         xyz1 = np.concatenate([vertices, np.ones((len(vertices), 1))], 1)
-        with np.errstate(all="ignore"):
-            xyz = (xyz1 @ align.T)[:, :3].astype(np.float32)
+        xyz = (xyz1 @ align.T)[:, :3].astype(np.float32)
         if not np.isfinite(xyz).all():
             raise ValueError("has NaN coordinates")
-        path = files["segments"]
-        segment = read_json(path)["segIndices"]
-        segment = np.array(segment, np.int64)
+        keep = np.random.default_rng(zlib.crc32(folder.name.encode())).permutation(len(xyz))[:most]
+        rgb = as_bytes(columns(table, "red", "green", "blue", kind=None)[keep])
+    with reading(files["segments"], cure):
+        segment = np.array(read_json(files["segments"])["segIndices"], np.int64)
         if len(segment) != len(vertices):
             raise ValueError(f"{len(segment)} segment ids for {len(vertices)} vertices")
-        path = files["objects"]
-        groups = read_json(path)["segGroups"]
+    with reading(files["objects"], cure):
+        groups = read_json(files["objects"])["segGroups"]
         semantic, instance = np.zeros((2, len(vertices)), np.int64)
         label = {}
         for group in groups:
@@ -166,11 +164,6 @@ def read_raw(folder, nyu40, most=MOST):
             mine = np.isin(segment, group["segments"])
             label[group["objectId"]] = semantic[mine] = nyu40[group["label"]]
             instance[mine] = group["objectId"] + 1
-        path = files["mesh"]
-        keep = np.random.default_rng(zlib.crc32(folder.name.encode())).permutation(len(xyz))[:most]
-        rgb = as_bytes(colours[keep])
-    except Exception as error:              # as `reading`, of whichever file it was
-        raise broken(path, error, "fetch it again") from None
     boxes = []
     for i in sorted(label):
         mine = xyz[instance == i + 1]
@@ -200,12 +193,11 @@ VOTENET = ("vert", "sem_label", "ins_label", "bbox")
 def read_votenet(vert, sem_label, ins_label, bbox):
     """VoteNet's files -> {xyz, rgb, label, instance, boxes}, notes. The first must be there."""
     points = read_npy(vert, 3)
-    with np.errstate(all="ignore"):
+    with reading(vert):
         scan = {"xyz": points[:, :3].astype(np.float32)}
-    if len(points) == 0 or not np.isfinite(scan["xyz"]).all():
-        raise broken(vert, "has no points, or NaN coordinates", "repair the file")
-    if points.shape[1] >= 6:
-        with reading(vert):
+        if len(points) == 0 or not np.isfinite(scan["xyz"]).all():
+            raise ValueError("has no points, or NaN coordinates")
+        if points.shape[1] >= 6:
             scan["rgb"] = as_bytes(points[:, 3:6])
     for field, path in (("label", sem_label), ("instance", ins_label)):
         if path.is_file():
@@ -218,8 +210,8 @@ def read_votenet(vert, sem_label, ins_label, bbox):
     if "instance" in scan:
         scan["instance"] = scan["instance"].astype(np.int32)
     if bbox.is_file():
-        with np.errstate(all="ignore"):
+        with reading(bbox):
             scan["boxes"] = read_npy(bbox, 7)[:, :7].astype(np.float32)
-        if not np.isfinite(scan["boxes"]).all():
-            raise broken(bbox, "has NaN in its boxes", "repair the file")
+            if not np.isfinite(scan["boxes"]).all():
+                raise ValueError("has NaN in its boxes")
     return scan, []
