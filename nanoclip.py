@@ -19,7 +19,7 @@ from checkpoint import load_weights, misfit
 from run import InputError
 
 FILE = Path(__file__).parent / "data" / "nanoclip.safetensors"
-SHA256 = ""                     # of FILE
+SHA256 = "5b83a1b0b5eef39ed2d8a8483a4e1dc7d56624f6933943c59ce4c8c25f33b754"   # of FILE
 SIZE = range(1, 1025)               # a larger one would be built before it is refused
 ABOUT = {                       # form of what the file says of itself; checkpoint.misfit
     "words": [str], "config": {
@@ -95,8 +95,8 @@ def load(path=None, seed=None):
     if path is None:
         path = FILE
         if not path.is_file():
-            raise InputError(f"--clip nano: {path} is missing, this version does not have it yet; "
-                             "make one with python train_clip.py, then pass --clip "
+            raise InputError(f"--clip nano: {path} is missing; copy it from nanoEPCL, too, or make "
+                             "one with python train_clip.py and pass --clip "
                              "nano=RUN/nanoclip.safetensors")
         if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
             raise InputError(f"--clip nano: {path} is not the file of this repository; restore it, "

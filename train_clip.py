@@ -8,8 +8,8 @@
 What comes out is a small CLIP that was really pretrained, for whoever runs, tests or learns the
 method without a download. It knows forty classes and a few words beside them, from pictures that a
 z-buffer drew. Its accuracy is that of naming held-out renders by a prompt. That is not zero-shot:
-captions name the same classes. Where data/nanoclip.safetensors is such a file, plain --clip nano
-takes it; the repository does not hold one yet.
+captions name the same classes. data/nanoclip.safetensors, which --clip nano takes, is what the first
+command wrote.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -400,11 +400,12 @@ def main(argv=None):
 
 @torch.no_grad()
 def mild_texts(model, tokenize, setup):
-    """Give the texts' features length 10, CLIP's: the text loss of train_cls.py multiplies them as
-    they are. Cosines, and so nano-CLIP itself, stay as they were."""
+    """Give the texts' features a distance of 4.5 from their mean: the text loss of train_cls.py
+    multiplies them as they are, and would drown the head's. CLIP's are about 10 long, at cosines
+    near 0.8. Cosines, and so nano-CLIP itself, stay as they were."""
     model.eval()
-    tokens = tokenize([PROMPT.format(name) for name in NAMES]).to(setup.device)
-    model.text_projection *= 10 / model.encode_text(tokens).norm(dim=1).mean()
+    text = model.encode_text(tokenize([PROMPT.format(name) for name in NAMES]).to(setup.device))
+    model.text_projection *= 4.5 / (text - text.mean(0)).norm(dim=1).mean()
 
 
 def show(path, test, named, rows=5, columns=8, times=2):
@@ -444,7 +445,7 @@ def settings(args):
         args.real = real
         return {**cfg, "root": root}, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
-    return {**shared_settings(args, recipe), "frozen": None}, None, None
+    return {**shared_settings(args, recipe), "clip": None, "frozen": None}, None, None
 
 
 if __name__ == "__main__":
