@@ -12,6 +12,7 @@ The loop stands in the script, inside this frame:
 import argparse
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import json
@@ -419,9 +420,11 @@ class Run:
             self.log = open(self.folder / "log.txt", "ab", buffering=0)
         try:                                # a lock until this process ends, however it does
             fcntl and fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise InputError(f"{self.folder}: another process is writing this run; wait for its "
                              "end, or stop it") from None
+        except OSError:                     # a network disk that knows no locks
+            pass
         if self.saved:
             for path in self.folder.glob("*.tmp"):      # of a process that was killed
                 path.unlink()
@@ -519,10 +522,10 @@ def main_guard(main):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:                # no permission, a file where a folder should be
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: {error.filename}: {error.strerror}; give a path that can be read or written",
-              file=sys.stderr)
+        print(f"error: {error.filename or 'the disk'}: {error.strerror}; give a path that can be "
+              "read or written", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:    # in a fork that took less along
         if not str(error.name).startswith(("data.", "lamm", "nanoclip")):

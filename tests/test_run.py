@@ -271,3 +271,7 @@ def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
         run_module.main_guard((tmp_path / "taken").mkdir)
     assert left.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'taken'}: File exists; give a")
+    if Path("/dev/full").exists():          # while a room is exported, say
+        with pytest.raises(SystemExit):
+            run_module.main_guard(lambda: Path("/dev/full").write_bytes(b"a room"))
+        assert capsys.readouterr().err.startswith("error: the disk: No space left on device; give")
