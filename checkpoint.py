@@ -30,8 +30,8 @@ def saved_settings(args, task, recipe, own, kept, other_data=False):
     wrong = misfit(saved, {"config": config_form(recipe, own), **kept}) or next(
         iter(saved["config"]["recipe"].keys() - recipe._fields), None)
     if wrong:
-        raise InputError(f"{path}: {wrong} is not as this train_{task}.py saves it; take the "
-                         "other .pt file of the run, or the version that its config.json names")
+        raise InputError(f"{path}: {wrong} is not as this train_{task}.py saves it; take the run's "
+                         "other .pt file, the commit that its config.json names, or train anew")
     saved["file"] = str(path)
     cfg, other = saved["config"], []
     if other_data and args.eval and args.data not in (None, cfg["data"]):
