@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import nanoclip
 import render
-from checkpoint import load_weights, saved_settings, trained
+from checkpoint import load_weights, misfit, saved_settings, trained
 from data import objects
 from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder, save_npz,
                            sources_of)
@@ -434,6 +434,12 @@ SAVED = {"data": "synthetic", "clip": None}             # forms of what is this 
 KEPT = {**trained(sums=3), "frozen": None}
 
 
+def check_sizes(folder, r):                 # no flag changes them
+    if misfit(config_of(r), nanoclip.ABOUT["config"]) or (
+            r.width % 32 or r.text_width % 32 or r.size % r.patch or r.patch & (r.patch - 1)):
+        raise InputError(f"{folder}: its recipe has sizes that make no nano-CLIP; train it anew")
+
+
 def settings(args):
     """Flags over the recipe or a saved run -> config, checkpoint or None, run folder or None."""
     real, args.real = args.real, None       # is no setting of the run, nor is its --root
@@ -443,6 +449,7 @@ def settings(args):
         root, args.root = args.root, None if real else args.root
         cfg, saved, folder = saved_settings(args, "clip", Recipe, SAVED, KEPT)
         args.real = real
+        check_sizes(folder, Recipe(**cfg["recipe"]))
         return {**cfg, "root": root}, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     return {**shared_settings(args, recipe), "clip": None, "frozen": None}, None, None

@@ -648,8 +648,8 @@ SAVED = {                                   # forms of the settings that are thi
     "text_loss": ("raw", "cosine", "off"), "test_fraction": float, "published": bool,
     "split": (..., None, [[str], [str]])}
 KEPT = {"frozen": trained(0)["frozen"], "at": {"epoch": WHOLE}, "optimizer": None, "done": [{
-    "last": float, "best": float, "best_epoch": COUNT, "seconds": float, "trained": WHOLE,
-    "frozen": WHOLE, "classes": [str]}]}
+    "setting": [COUNT, COUNT], "episode": WHOLE, "variant": VARIANTS, "last": float, "best": float,
+    "best_epoch": COUNT, "seconds": float, "trained": WHOLE, "frozen": WHOLE, "classes": [str]}]}
 
 
 def settings(args):
@@ -665,7 +665,7 @@ def settings(args):
         if args.eval and args.clip:
             raise InputError("--eval prints what is saved and reads no weights; leave --clip out")
         order = [*itertools.product(cfg["settings"], range(cfg["episodes"]), cfg["compare"])]
-        done = [(r.get("setting"), r.get("episode"), r.get("variant")) for r in saved["done"]]
+        done = [(r["setting"], r["episode"], r["variant"]) for r in saved["done"]]
         if not order or done != order[:len(done)]:
             raise InputError(f"{folder}: checkpoint.done does not follow from its config; start "
                              "anew")

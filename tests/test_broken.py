@@ -523,6 +523,7 @@ CHANGES = [                                             # of a checkpoint's conf
     ("seg", {"recipe.tokens": 64}, "a quarter of them become tokens"),
     ("seg", {"recipe.neighbours": 5000}, "each needs 5000 neighbours"),
     ("clip", {"recipe.width": 0}, "checkpoint.config.recipe.width is not as"),
+    ("clip", {"recipe.width": 250}, "its recipe has sizes that make no nano-CLIP"),
     ("fewshot", {"settings": []}, "done does not follow from its config"),
     ("fewshot", {"settings": [[5, 20]]}, "done does not follow from its config"),
     ("fewshot", {"episodes": 11}, "the run is not finished"),
