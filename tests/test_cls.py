@@ -263,6 +263,23 @@ def test_a_run_that_was_killed_between_its_last_epoch_and_its_results_is_finishe
         train_cls.main(["--resume", str(tmp_path / "run")])
 
 
+@pytest.mark.parametrize("flag, value", [
+    ("--seed", "1e20"), ("--seed", "9" * 20), ("--points", "1e20"), ("--points", "9" * 20),
+    ("--epochs", "9" * 5000), ("--workers", "0"), ("--lr", "high")])
+def test_a_number_that_is_none_is_one_line(flag, value, capsys):
+    with pytest.raises(SystemExit) as left:
+        train_cls.flags([flag, value])
+    printed = capsys.readouterr().err
+    assert left.value.code == 2 and printed.startswith(f"error: argument {flag}: ")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e300", "0", "-1"])
+def test_a_learning_rate_that_is_none_is_one_line(value):
+    with pytest.raises(InputError, match="must be above 0 and below 1000"):
+        train_cls.settings(train_cls.flags(["--lr", value]))
+
+
 def script(*args):
     env = {k: v for k, v in os.environ.items()
            if k not in ("WORLD_SIZE", "RANK", "TRITON_INTERPRET")}
