@@ -644,9 +644,9 @@ def check_sizes(recipe):
 
 SAVED = {                                   # forms of the settings that are this script's own
     "data": (*RECIPES,), "way": COUNT, "shot": COUNT, "table": bool, "shots_all": (None, COUNT),
-    "episodes": COUNT, "settings": [[COUNT, COUNT]], "folds": (None, str), "compare": [VARIANTS],
-    "text_loss": ("raw", "cosine", "off"), "test_fraction": float, "published": bool,
-    "split": (..., None, [[str], [str]])}
+    "episodes": range(1, 10**5), "settings": [[COUNT, COUNT]], "folds": (None, str),
+    "compare": [VARIANTS], "text_loss": ("raw", "cosine", "off"), "test_fraction": float,
+    "published": bool, "split": (..., None, [[str], [str]])}
 KEPT = {"frozen": trained(0)["frozen"], "at": {"epoch": WHOLE}, "optimizer": None, "done": [{
     "setting": [COUNT, COUNT], "episode": WHOLE, "variant": VARIANTS, "last": float, "best": float,
     "best_epoch": COUNT, "seconds": float, "trained": WHOLE, "frozen": WHOLE, "classes": [str]}]}
