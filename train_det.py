@@ -845,7 +845,7 @@ def settings(args):
     recipe = with_flags(recipe, args)
     recipe = recipe._replace(queries=args.queries or min(recipe.queries, recipe.tokens))
     check_sizes(recipe)
-    cfg = shared_settings(args, recipe, synthetic_clip="timm:vit_tiny_patch16_224=random")
+    cfg = shared_settings(args, recipe)
     return {**cfg, "like": args.like, "skip_broken": args.skip_broken,
             "official": args.official}, None, None
 

@@ -321,8 +321,10 @@ def test_real_objects_are_named_from_pictures_of_their_points(small, tmp_path, c
                 np.save(tmp_path / "own" / part / name / f"{i}.npy", xyz)
     words = ["--eval", "run", "--real", "folder", "--root", "own", "--device", "cpu"]
     train_clip.main([*words, "--workers", "1"])
-    assert "real     4 clouds of 2 classes, pictures of 1,024 points, by prompt among 40: one" in (
-        capsys.readouterr().out)
+    line = "real     4 clouds of 2 classes, depth of 1,024 points, z up, by prompt among 40: one"
+    assert line in capsys.readouterr().out
+    train_clip.main([*words, "--workers", "1", "--up", "y"])
+    assert line.replace("z up", "y up") in capsys.readouterr().out
     shutil.rmtree(tmp_path / "own/train/Cone")
     for part, name in (("train", "Stairs"), ("test", "Stairs"), ("test", "Cone")):
         shutil.rmtree(tmp_path / "own" / part / name)
@@ -333,6 +335,8 @@ def test_real_objects_are_named_from_pictures_of_their_points(small, tmp_path, c
 def test_what_the_script_cannot_do_is_one_line(small):
     with pytest.raises(InputError, match="--real needs a run: add --eval"):
         train_clip.main(["--real", "folder", "--root", "here"])
+    with pytest.raises(InputError, match="--up belongs to --real"):
+        train_clip.main(["--up", "y"])
     with pytest.raises(InputError, match="there are 160 pictures"):
         train_clip.main(["--batch-size", "161", "--device", "cpu", "--workers", "1"])
     with pytest.raises(InputError, match="the built-in data has no files"):
