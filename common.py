@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoint import load_weights
 from kernels import farthest_point_sample, group, knn, use_triton
-from run import InputError, all_reduce, load_weights, rank, world_size
+from run import InputError, all_reduce, rank, world_size
 
 # ---- 1. Point tokenizer --------------------------------------------------------------------------
 def gather(values, idx):
@@ -405,8 +406,8 @@ def read_weights(path, flag="--clip"):
                     state = torch.load(path, map_location="cpu", weights_only=True)
                 except RuntimeError:
                     state, archive = torch.jit.load(path, map_location="cpu").state_dict(), True
-        while box := next((name for name in BOXES if isinstance(state.get(name), dict)), None):
-            state = state[box]
+        for _ in BOXES:                     # one in the other; a box in itself is no weights
+            state = next((state[box] for box in BOXES if isinstance(state.get(box), dict)), state)
         state = {name.removeprefix("module."): w.float() for name, w in state.items()
                  if isinstance(w, torch.Tensor)}
     except Exception as error:
@@ -486,10 +487,10 @@ def sizes(model):
     return trained, frozen
 
 
-def to_device(model, weights, setup):
+def to_device(model, saved, setup):
     """Load trained weights, if there are any; hold frozen ones in bf16 if products are in bf16."""
-    if weights is not None:
-        load_weights(model, weights)
+    if saved and saved["model"] is not None:
+        load_weights(model, saved["model"], where=f"{saved['file']}: its weights")
     clip = model.encoder.clip
     if setup.bf16 and clip is not None and not clip.trainable:
         clip.half_weights()

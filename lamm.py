@@ -11,8 +11,9 @@ from argparse import Namespace
 import torch
 
 import common
+from checkpoint import load_weights
 from common import FrozenCLIP
-from run import InputError, load_weights
+from run import InputError
 
 CLIP = "encoder.clip_vit."                  # the beginning of the names of CLIP's weights
 RENAMED = (                                 # parts of LAMM's names -> ours, one after the other
@@ -50,6 +51,9 @@ def released_sizes(args):
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         flags = vars(content["args"])
+        sizes = [flags.get(name, 1) for name in (*SIZES, "dec_nhead")]
+        if not all(type(size) is int and 0 < size < 2**20 for size in sizes):
+            raise ValueError
     except Exception:
         flags, (state, _) = {}, common.read_weights(path, "--init-official")
         visual_of(path, state)                                  # both say what is wrong with it

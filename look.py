@@ -9,14 +9,18 @@ folder, confusion.png into that of each run that has a confusion.csv. Needs matp
 """
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 import render
+from checkpoint import misfit
+from data.files import read_lines, reading
 from run import InputError, Parser, main_guard
 
 NO_CURVE = ("epoch", "seconds")
+FEWSHOT = {"variant": str, "setting": [int, int], "curve": [float]}     # form of a line
 
 
 def curves_of(run):
@@ -25,10 +29,15 @@ def curves_of(run):
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a run folder, runs/cls-...")
     lines = []
-    for i, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for i, text in enumerate(read_lines(path), 1):
         try:
-            lines.append(dict(json.loads(text)))
-        except (ValueError, TypeError):
+            lines.append(json.loads(text))
+            form = {**dict.fromkeys(lines[-1], (None, float)), "epoch": int}
+            if "curve" in lines[0]:
+                form = {**FEWSHOT, "curve": [float] * len(lines[0]["curve"])}
+            if misfit(lines[-1], form):
+                raise ValueError
+        except Exception:                   # whatever json makes of it
             raise InputError(f"{path}: line {i} is broken; remove it") from None
     if not lines:
         raise InputError(f"{path}: is empty; wait for the run's first epoch")
@@ -78,9 +87,11 @@ def draw_curves(runs, out):
 def draw_confusion(path, out):
     """confusion.csv -> a .png: rows are true classes, and add up to 100 %."""
     from matplotlib.figure import Figure
-    with open(path, encoding="utf-8", newline="") as file:
-        head, *rows = csv.reader(file)
-    names, counts = head[1:], np.array([row[1:] for row in rows], float)
+    with reading(path, "not a confusion.csv; evaluate the run again"):
+        head, *rows = csv.reader(read_lines(path))
+        names, counts = head[1:], np.array([row[1:] for row in rows], float)
+        if counts.shape != (len(names), len(names)) or not (counts < math.inf).all():
+            raise ValueError(f"expected a row and a column for each of {len(names)} classes")
     share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
     side = 2.5 + 0.3 * len(names)
     figure = Figure(figsize=(side, side), layout="constrained")

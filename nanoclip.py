@@ -15,10 +15,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from checkpoint import load_weights, misfit
 from run import InputError
 
 FILE = Path(__file__).parent / "data" / "nanoclip.safetensors"
 SHA256 = "5b83a1b0b5eef39ed2d8a8483a4e1dc7d56624f6933943c59ce4c8c25f33b754"   # of FILE
+SIZE = range(1, 1025)               # a larger one would be built before it is refused
+ABOUT = {                       # form of what the file says of itself; checkpoint.misfit
+    "words": [str], "config": {
+        "embed_dim": SIZE, "stem": SIZE,
+        "vision_cfg": {"layers": range(1, 25), "width": SIZE, "head_width": SIZE,
+                       "patch_size": SIZE, "image_size": SIZE, "patch_dropout": float,
+                       "ls_init_value": (None, float)},
+        "text_cfg": {"context_length": SIZE, "width": SIZE, "heads": SIZE,
+                     "layers": range(1, 25)}}}
 
 
 class UnknownWords(LookupError):
@@ -95,13 +105,14 @@ def load(path=None, seed=None):
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["nanoclip"])
             state = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception:
+        if misfit(about, ABOUT, "it"):
+            raise ValueError
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed or 0)
+            model, tokenize = build(about["config"], about["words"])
+    except Exception:                   # whatever a changed file leads to
         raise InputError(f"--clip nano: {path} is not a file that train_clip.py wrote, or cut "
                          "short") from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed or 0)
-        model, tokenize = build(about["config"], about["words"])
     if seed is None:
-        model.load_state_dict({name: w.float() if w.is_floating_point() else w
-                               for name, w in state.items()})
+        load_weights(model, state, where=f"--clip nano: {path}: its weights", what="its config")
     return model.eval(), tokenize

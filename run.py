@@ -12,6 +12,7 @@ The loop stands in the script, inside this frame:
 import argparse
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import json
@@ -26,6 +27,12 @@ import time
 import warnings
 from pathlib import Path
 
+# Ctrl-C while torch is imported ends a script without a traceback, until `main_guard`
+importing = Path(sys.argv[0]).name.startswith("train_") and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+if importing:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -33,6 +40,11 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels import engine, triton
+
+try:
+    import fcntl
+except ImportError:                         # Windows: a run's folder is not locked
+    fcntl = None
 
 
 class InputError(Exception):
@@ -91,11 +103,11 @@ def shared_flags(parser, clip_names=None):
     flag("--no-transformer", action="store_true", help="control: tokenizer and head alone")
 
 
-def whole(low):
-    """argparse type: a whole number of at least `low`."""
+def whole(low, high=2**31 - 1):
+    """argparse type: a whole number from `low` to `high`."""
     def integer(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return int(text)
     return integer
 
@@ -110,8 +122,8 @@ def with_flags(recipe, args):
 def shared_settings(args, recipe, synthetic_clip="nano"):
     """The config of a new run, as far as all scripts share it, checked."""
     data = args.data or "synthetic"
-    if not 0 < recipe.lr < math.inf:
-        raise InputError(f"--lr {recipe.lr} must be above 0, and a number")
+    if not 0 < recipe.lr < 1000:
+        raise InputError(f"--lr {recipe.lr} must be above 0 and below 1000")
     if not 0 <= getattr(recipe, "dropout", 0) < 1:
         raise InputError(f"--dropout {recipe.dropout} must be in 0..1")
     if data == "synthetic" and args.root:
@@ -129,40 +141,6 @@ def shared_settings(args, recipe, synthetic_clip="nano"):
             "precision": args.precision or "auto", "compile": args.compile,
             "accumulate": args.accumulate or 1, "workers": args.workers or os.cpu_count(),
             **{name: getattr(args, name) for name in ABLATIONS}}
-
-
-def saved_settings(args, task, other_data=False):
-    """--resume or --eval: config, checkpoint, folder. Flags that contradict them are refused.
-
-    other_data: --eval may name other --data; what the run was trained on is then `trained_on`.
-    """
-    if args.resume and args.eval:
-        raise InputError("--resume goes on with a run, --eval only looks at it; give one of them")
-    path = Path(args.resume or args.eval)
-    saved = load_checkpoint(path, task)
-    cfg, other = saved["config"], []
-    if other_data and args.eval and args.data not in (None, cfg["data"]):
-        cfg.update(trained_on=cfg["data"], data=args.data, root=None)
-        other = ["test_area"]
-    if cfg["data"] == "synthetic" and args.root:
-        raise InputError(f"--root {args.root}: the built-in data has no files; add --data")
-    free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export", "clip",
-            "official", "skip_broken", *other]          # weights have a hash: `check_frozen`
-    free += ["precision", "batch_size", "scale"] if args.eval else ["compile"]
-    for name, value in vars(args).items():
-        was = cfg["recipe"].get(name, cfg.get(name))
-        if value is not None and value is not False and value != was and name not in free:
-            flag = name.replace("_", "-")
-            raise InputError(f"{path}: was trained with {flag} {was}, not {value}; leave --{flag} "
-                             "out, or start a new run")
-    for name in ("root", "workers", "precision", "compile", "clip"):
-        cfg[name] = getattr(args, name) or cfg[name]
-    if args.resume and "optimizer" not in saved:
-        raise InputError(f"--resume {path}: holds no optimiser; resume the run's folder or last.pt")
-    if args.resume and saved["at"]["epoch"] >= cfg["recipe"]["epochs"]:
-        raise InputError(f"--resume {path}: the run is finished, {saved['at']['epoch']} epochs; "
-                         f"--eval {path} evaluates it")
-    return cfg, saved, path if path.is_dir() else path.parent
 
 
 # ---- 2. Device and processes ---------------------------------------------------------------------
@@ -315,7 +293,7 @@ class Run:
 
     def __init__(self, task, cfg, setup, saved=None):
         self.task, self.cfg, self.setup, self.saved = task, cfg, setup, saved
-        self.folder, self.first = None, rank() == 0
+        self.folder, self.log, self.first = None, None, rank() == 0
         self.at = dict(saved["at"]) if saved else {
             "epoch": 0, "step": 0, "sums": [], "seconds": 0.0, "best": -1.0, "best_epoch": 0}
         self.stopper, self.rows = Stopper(), 0
@@ -330,7 +308,7 @@ class Run:
         """
         self.model, self.optimizer, self.head, resumed = model, optimizer, head, ""
         if self.saved:
-            optimizer.load_state_dict(self.saved["optimizer"])
+            self.restore()
             resumed = f", resumed after {self.at['epoch']} epochs and {self.at['step']} steps"
         self.print(f"run      {self.folder}{resumed}")
         for epoch in range(self.at["epoch"], self.cfg["recipe"]["epochs"]):
@@ -339,6 +317,21 @@ class Run:
             yield epoch
             if epoch + 1 < self.cfg["recipe"]["epochs"] and self.stopper.now(0):
                 self.stop()
+
+    def restore(self):
+        """The optimiser's moments, as saved; its settings follow from the recipe."""
+        saved, optimizer = self.saved, self.optimizer
+        try:
+            state = saved["optimizer"]["state"]
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            if any(x.shape not in ((), p.shape) for p, moments in optimizer.state.items()
+                   for x in moments.values()):
+                raise ValueError
+            if self.at["step"]:
+                torch.Generator(self.setup.device).set_state(saved["draw"])
+        except Exception:                   # whatever torch makes of it
+            raise InputError(f"{self.folder}: its optimizer or draw does not fit this model and "
+                             "device; take the other .pt file of the run, or start anew") from None
 
     def begin(self, epoch):
         self.epoch, self.started, self.sums = epoch, time.time(), 0
@@ -422,15 +415,22 @@ class Run:
         self.folder = Path(folder[0])
         if not self.first:
             return
-        try:
+        with writing(f"--out {self.folder}", "give another folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.append("log.txt")
-        except OSError as error:
-            raise InputError(f"--out {self.folder}: cannot be written ({error.strerror}); give "
-                             "another folder") from None
+            self.log = open(self.folder / "log.txt", "ab", buffering=0)
+        try:                                # a lock until this process ends, however it does
+            fcntl and fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{self.folder}: another process is writing this run; wait for its "
+                             "end, or stop it") from None
+        except OSError:                     # a network disk that knows no locks
+            pass
         if self.saved:
+            for path in self.folder.glob("*.tmp"):      # of a process that was killed
+                path.unlink()
             path = self.folder / "metrics.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            lines = text.splitlines(True)
             self.write(path.name, "".join(lines[:self.at["epoch"] if kept is None else kept]))
         else:
             self.write("config.json", {**self.cfg, "command": sys.argv, "versions": versions()})
@@ -439,13 +439,16 @@ class Run:
     def print(self, text):
         if self.first:
             print(text, flush=True)
-        self.append("log.txt", f"{text}\n")
+        if self.log:
+            with writing(self.folder / "log.txt"):
+                self.log.write(f"{text}\n".encode(errors="backslashreplace"))
 
-    def append(self, name, text=""):
+    def append(self, name, text):
         if self.first and self.folder:
             # a file's name may hold bytes that are no text
-            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+            path = self.folder / name
+            with writing(path), open(path, "ab") as file:
+                file.write(text.encode(errors="backslashreplace"))
 
     def results(self, metrics, best, parameters, form, **more):
         """results.json. best: the metric that chose best.pt; form: what was read."""
@@ -476,7 +479,7 @@ class Run:
         path = self.folder / name
         if path.suffix == ".json":
             content = json.dumps(content, indent=1) + "\n"
-        try:
+        with writing(path):
             with open(f"{path}.tmp", "wb") as file:
                 if path.suffix == ".pt":
                     torch.save(content, file)
@@ -485,59 +488,16 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(f"{path}.tmp", path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); what was there before "
-                             "is intact") from None
 
 
-def load_checkpoint(path, task):
-    """A checkpoint of this task: `path` is a .pt file, or a run folder with last.pt."""
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if (path.parent / "config.json").is_file() and not path.is_file():
-        raise InputError(f"{path}: nothing was saved yet; repeat the command of the run")
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; give a run folder or a .pt file")
+@contextlib.contextmanager
+def writing(path, cure="make room; what was there before is intact"):
+    """A file that cannot be written is one line. On a full disk torch.save has its own error."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["task"]
-    except Exception:
-        raise InputError(f"{path}: not a checkpoint of these scripts, or cut short; take the other "
-                         ".pt file of the run, or start anew") from None
-    if found != task:
-        raise InputError(f"{path}: a checkpoint of train_{found}.py, not of train_{task}.py")
-    return saved
-
-
-def load_weights(model, weights, used="", where="the saved weights", what="the model"):
-    """Load the weights whose names begin with (one of) `used`. None may be missing and none left
-    over: a block without its layer scale computes something else."""
-    own, found = ({name: w for name, w in some.items() if name.startswith(used)}
-                  for some in (model.state_dict(), weights))
-    if not used and any(name.startswith("encoder.tokenizer.") for name in found):
-        raise InputError("the checkpoint is from before 26 November 2026, when weights were "
-                         "renamed; use the code of that time, or train anew")
-    need, have = ({name: tuple(w.shape) for name, w in some.items()} for some in (own, found))
-    wrong = [f"{name} {have.get(name, 'missing')} for {need.get(name, 'nothing')}"
-             for name in {**need, **have} if have.get(name) != need.get(name)]
-    if wrong:
-        raise InputError(f"{where} do not fit {what}: {len(wrong)} tensors differ, "
-                         f"{', '.join(wrong[:3])}; pass those of this model")
-    model.load_state_dict(found, strict=False)
-
-
-def check_frozen(cfg, saved, clip):
-    """Note the frozen weights in the config. Trained ones are worth nothing with any other.
-
-    The place of their file may change. Their model may not: with another activation the same
-    weights compute something else.
-    """
-    now = {"name": clip.name, "sha256": clip.sha256, "model": clip.model}
-    was = saved["frozen"] if saved else now
-    cfg["frozen"] = now
-    if (was["sha256"], was.get("model", clip.model)) != (clip.sha256, clip.model):
-        raise InputError(f"--clip {clip.name}: {clip.model} with the weights {clip.sha256[:12]} "
-                         f"(sha256) is not what the run was trained with ({was['name']}, "
-                         f"{was['sha256'][:12]}); --clip may only name a new place of those")
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "disk full?"
+        raise InputError(f"{path}: cannot be written ({reason}); {cure}") from None
 
 
 def versions():
@@ -553,6 +513,8 @@ def main_guard(main):
     """Run a script: what its user can put right becomes one line on stderr and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a letter of a file's name
         sys.stdout.reconfigure(errors="backslashreplace")
+    if importing:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except InputError as error:
@@ -560,10 +522,10 @@ def main_guard(main):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:                # no permission, a file where a folder should be
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: {error.filename}: {error.strerror}; give a path that can be read or written",
-              file=sys.stderr)
+        print(f"error: {error.filename or 'the disk'}: {error.strerror}; give a path that can be "
+              "read or written", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:    # in a fork that took less along
         if not str(error.name).startswith(("data.", "lamm", "nanoclip")):

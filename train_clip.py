@@ -14,6 +14,7 @@ command wrote.
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,14 @@ from tqdm import tqdm
 
 import nanoclip
 import render
+from checkpoint import load_weights, misfit, saved_settings, trained
 from data import objects
-from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
+from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder, save_npz,
+                           sources_of)
 from data.synthetic_objects import ALL_CLASSES, STRETCH, make_object
 from kernels import splat
-from run import (InputError, Run, Setup, load_weights, main_guard, recipe_parser, saved_settings,
-                 seed_of, shared_flags, shared_settings, with_flags, world_size)
+from run import (InputError, Run, Setup, main_guard, recipe_parser, seed_of, shared_flags,
+                 shared_settings, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -121,8 +124,8 @@ def load_data(cfg):
             drawn = in_parallel(draw_object, jobs, cfg["workers"], "object", least=500, chunk=16)
             light, about = map(np.concatenate, zip(*drawn))
             save_npz(path, sources, light=light, about=about)
-        with np.load(path, allow_pickle=False) as kept:
-            parts.append(Pictures(*(torch.from_numpy(kept[name]) for name in Pictures._fields)))
+        kept = load_prepared(path)
+        parts.append(Pictures(*(torch.from_numpy(kept[name]) for name in Pictures._fields)))
     return *parts, (f"renders of the procedural objects of data/synthetic_objects.py, {len(NAMES)} "
                     "classes")
 
@@ -377,7 +380,7 @@ def main(argv=None):
     config = config_of(recipe)
     model, tokenize = nanoclip.build(config, WORDS)
     if saved:
-        load_weights(model, saved["model"])
+        load_weights(model, saved["model"], where=f"{saved['file']}: its weights")
     model = model.to(setup.device)
     image, whole = (sum(p.numel() for p in part.parameters()) for part in (model.visual, model))
     run.print(f"model    {whole:,} weights, {image:,} of them for pictures, {2e-6 * whole:.2f} MB "
@@ -442,6 +445,16 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+SAVED = {"data": "synthetic", "clip": None}             # forms of what is this script's own
+KEPT = {**trained(sums=3), "frozen": None}
+
+
+def check_sizes(folder, r):                 # no flag changes them
+    if misfit(config_of(r), nanoclip.ABOUT["config"]) or (
+            r.width % 32 or r.text_width % 32 or r.size % r.patch or r.patch & (r.patch - 1)):
+        raise InputError(f"{folder}: its recipe has sizes that make no nano-CLIP; train it anew")
+
+
 def settings(args):
     """Flags over the recipe or a saved run -> config, checkpoint or None, run folder or None."""
     real, up, args.real, args.up = args.real, args.up, None, None   # no settings of the run, nor
@@ -451,8 +464,9 @@ def settings(args):
         raise InputError("--up belongs to --real; leave it out")
     if args.resume or args.eval:
         root, args.root = args.root, None if real else args.root
-        cfg, saved, folder = saved_settings(args, "clip")
+        cfg, saved, folder = saved_settings(args, "clip", Recipe, SAVED, KEPT)
         args.real, args.up = real, up
+        check_sizes(folder, Recipe(**cfg["recipe"]))
         return {**cfg, "root": root}, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     return {**shared_settings(args, recipe), "clip": None, "frozen": None}, None, None

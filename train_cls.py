@@ -11,18 +11,20 @@ pass another --clip or edit `EPCLEncoder` in common.py.
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import torch
 from torch import nn
 from torch.profiler import record_function
 
 import common
 import render
+from checkpoint import check_frozen, load_weights, saved_settings, trained
 from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
 from data import objects
 from kernels import farthest_point_sample
-from run import (InputError, Run, Setup, all_reduce, check_frozen, load_weights, main_guard,
-                 my_rows, parameter_groups, recipe_parser, saved_settings, seed_of, shared_flags,
-                 shared_settings, whole, with_flags, world_size)
+from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, parameter_groups,
+                 recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags,
+                 world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -302,13 +304,13 @@ def main(argv=None):
         voted = metrics[f"accuracy_{args.vote}_votes"] = accuracies(votes)[0]
         run.print(f"voting   accuracy {100 * voted:.2f} %, {args.vote} votes, one repeat")
     if not args.eval:
-        run.results(metrics, "accuracy", common.sizes(model), form)
         run.confusion(confusion, classes)
         title = (f"{len(test.label):,} test clouds, accuracy {100 * overall:.1f} %; some of them, "
                  f"wrong ones in red; {cfg['up']} points up")
         if run.first:
             render.save(run.folder / "look.png", picture(model, test.xyz, test.label, setup, cfg,
                                                          title))
+        run.results(metrics, "accuracy", common.sizes(model), form)
         run.print(f"look     {run.folder}/look.png")
 
 
@@ -322,9 +324,10 @@ def build(cfg, saved, setup):
     check_frozen(cfg, saved, clip)
     text = prompt_features(clip, cfg["classes"]) if cfg["text_loss"] != "off" else None
     clip.text = None                                            # the text tower is not needed again
+    released = {"model": weights, "file": cfg["official"]}
     torch.manual_seed(seed_of(cfg["seed"]))
     model = Classifier(clip, len(cfg["classes"]), cfg)
-    model = common.to_device(model, saved["model"] if saved else weights, setup)
+    model = common.to_device(model, saved or released, setup)
     return clip, model, None if text is None else text.to(setup.device)
 
 
@@ -358,7 +361,7 @@ def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser, CLIP_NAMES)
     flag = parser.add_argument
-    flag("--points", type=whole(1), metavar="N", help="points of a cloud")
+    flag("--points", type=whole(1, 10**6), metavar="N", help="points of a cloud")
     flag("--groups", type=whole(1), metavar="G", help="patches of a cloud")
     flag("--neighbours", type=whole(1), metavar="K", help="points of a patch, at most 64")
     flag("--text-loss", choices=["raw", "cosine", "off"],
@@ -373,12 +376,25 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+def check_sizes(recipe):
+    if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):
+        raise InputError(f"--groups {recipe.groups} must be at most --points {recipe.points}, "
+                         f"--neighbours {recipe.neighbours} at most {min(64, recipe.points)}")
+
+
+SAVED = {                                   # forms of the settings that are this script's own
+    "data": (*RECIPES,), "classes": [str], "official": (None, str),
+    "text_loss": ("raw", "cosine", "off"), "test_fraction": float,
+    "split": (..., None, [[str], [str]]), "up": (..., "y", "z")}
+
+
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/cls-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "cls")
+        cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED, trained(sums=4))
+        check_sizes(Recipe(**cfg["recipe"]))
         cfg["official"] = args.official or (None if args.clip else cfg["official"])
         return cfg, saved, folder
     if args.official and (args.clip or args.unfreeze):
@@ -386,9 +402,7 @@ def settings(args):
                          "--clip and --unfreeze out")
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     recipe = recipe._replace(stored=max(recipe.stored, recipe.points))
-    if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):
-        raise InputError(f"--groups {recipe.groups} must be at most --points {recipe.points}, "
-                         f"--neighbours {recipe.neighbours} at most {min(64, recipe.points)}")
+    check_sizes(recipe)
     fraction = 0.2 if args.test_fraction is None else args.test_fraction
     if not 0 < fraction < 1:
         raise InputError("--test-fraction must lie between 0 and 1")

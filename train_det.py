@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -26,15 +27,15 @@ from tqdm import tqdm
 
 import common
 import render
+from checkpoint import check_frozen, saved_settings, trained
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import scannet
 from data.files import (BrokenFile, check_outputs, check_span, own_clouds, read_boxes, read_cloud,
                         usable_boxes, write_boxes)
 from kernels import ball_query, farthest_point_sample
-from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows, rank,
-                 recipe_parser, saved_settings, seed_of, shared_flags, shared_settings,
-                 whole, with_flags, world_size)
+from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, rank, recipe_parser,
+                 seed_of, shared_flags, shared_settings, whole, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -752,10 +753,10 @@ def main(argv=None):
         render.save(Path(args.export) / "look.png", picture(test, found))
         run.print(f"export   {len(test)} scenes in {args.export}: true boxes green, detections red")
     if not args.eval:
-        run.results({"map25": ap[0.25], "map50": ap[0.5]}, "map25", common.sizes(model), form,
-                    train_metrics={"map25": seen[0.25], "map50": seen[0.5]})
         if run.first:
             render.save(run.folder / "look.png", picture(test, found))
+        run.results({"map25": ap[0.25], "map50": ap[0.5]}, "map25", common.sizes(model), form,
+                    train_metrics={"map25": seen[0.25], "map50": seen[0.5]})
         run.print(f"look     {run.folder}/look.png")
 
 
@@ -786,16 +787,17 @@ def build(cfg, saved, setup):
         clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     clip.text = None
     check_frozen(cfg, saved, clip)
+    released = {"model": weights, "file": cfg.get("official")}
     torch.manual_seed(seed_of(cfg["seed"]))
     model = Detector(clip, len(cfg["classes"]), cfg)
-    return clip, common.to_device(model, saved["model"] if saved else weights, setup)
+    return clip, common.to_device(model, saved or released, setup)
 
 
 def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser, CLIP_NAMES)
     flag = parser.add_argument
-    flag("--points", type=whole(1), metavar="N", help="points of a scene")
+    flag("--points", type=whole(1, 10**6), metavar="N", help="points of a scene")
     flag("--tokens", type=whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048); "
                                                       "fewer are cut from a finer level")
     flag("--queries", type=whole(1), metavar="Q", help="boxes proposed, at most --tokens")
@@ -812,16 +814,28 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+def check_sizes(recipe):
+    fine = max(recipe.tokens, recipe.fine if recipe.fine >= 2 * recipe.tokens else 0)
+    if not recipe.queries <= recipe.tokens <= fine <= recipe.points:
+        raise InputError(f"--queries {recipe.queries} must be at most --tokens {recipe.tokens}, "
+                         f"and the {fine} patches at most --points {recipe.points}")
+    if recipe.queries < MAX_BOXES:
+        raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at "
+                         "least that many")
+
+
+SAVED = {                                   # forms of the settings that are this script's own
+    "data": (*RECIPES,), "classes": [str], "official": (..., None, str)}
+
+
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/det-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "det", other_data=True)
-        if "fine" not in cfg["recipe"]:
-            raise InputError(f"{folder}: of an earlier version, whose patches were the nearest "
-                             "points; train it again, or take the commit that its config.json "
-                             "names")
+        cfg, saved, folder = saved_settings(args, "det", Recipe, SAVED, trained(1 + len(WEIGHT)),
+                                            other_data=True)
+        check_sizes(Recipe(**cfg["recipe"]))
         official = args.official or (None if args.clip else cfg.get("official"))
         return {**cfg, "skip_broken": args.skip_broken, "official": official}, saved, folder
     recipe = RECIPES[args.like or args.data or "synthetic"]
@@ -830,13 +844,7 @@ def settings(args):
         recipe = recipe._replace(**released_sizes(args))
     recipe = with_flags(recipe, args)
     recipe = recipe._replace(queries=args.queries or min(recipe.queries, recipe.tokens))
-    fine = max(recipe.tokens, recipe.fine if recipe.fine >= 2 * recipe.tokens else 0)
-    if not recipe.queries <= recipe.tokens <= fine <= recipe.points:
-        raise InputError(f"--queries {recipe.queries} must be at most --tokens {recipe.tokens}, "
-                         f"and the {fine} patches at most --points {recipe.points}")
-    if recipe.queries < MAX_BOXES:
-        raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at "
-                         "least that many")
+    check_sizes(recipe)
     # nano-CLIP, too, runs, but learns more slowly: mAP@0.25 35.5 for 45.0 after 8 epochs
     cfg = shared_settings(args, recipe, synthetic_clip="timm:vit_tiny_patch16_224=random")
     return {**cfg, "like": args.like, "skip_broken": args.skip_broken,

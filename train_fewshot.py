@@ -12,6 +12,7 @@ edit `load_data` and RECIPES; the protocol, `draw_episode`; the head, `Classifie
 """
 import argparse
 import copy
+import itertools
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import numpy as np
 import torch
 from scipy.special import stdtrit
@@ -28,14 +30,14 @@ from tqdm import tqdm
 
 import common
 import render
+from checkpoint import COUNT, WHOLE, check_frozen, saved_settings, trained
 from common import CLIP_NAMES, Classifier, gather, loss_terms, prompt_features
 from data import objects
-from data.files import broken
+from data.files import read_json, reading
 from data.objects import MODELNET40, read_fold
 from kernels import farthest_point_sample
-from run import (ABLATIONS, InputError, Run, Setup, check_frozen, learning_rate, main_guard,
-                 parameter_groups, recipe_parser, saved_settings, seed_of, shared_flags,
-                 shared_settings, whole, with_flags)
+from run import (ABLATIONS, InputError, Run, Setup, learning_rate, main_guard, parameter_groups,
+                 recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -153,13 +155,14 @@ def find_fold(folder, way, shot, i, must=True):
 
 def read_episode(path, data, way, shot):
     """An episode of `write_episode`, checked against the data at hand."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "not an episode file; take the run's own again"):
+        saved = read_json(path)
         names, parts, of = saved["classes"], [saved["train"], saved["test"]], saved["of"]
-        rows = [np.concatenate([np.asarray(r, np.int64) for r in part]) for part in parts]
         counts = [len(part) for part in parts]
-    except Exception as error:
-        raise broken(path, error, "not an episode file; take the run's own again") from None
+        numbers = [row for part in parts for r in part for row in r] + [of["train"], of["test"]]
+        if not all(type(number) is int for number in numbers) or type(names) is not list:
+            raise ValueError("its rows are not whole numbers, or its classes not a list")
+        rows = [np.concatenate([np.array(r, np.int64) for r in part]) for part in parts]
     if counts != [way, way] or len(names) != way or any(len(r) != shot for r in parts[0]):
         raise InputError(f"{path}: is not a {way}-way {shot}-shot episode")
     for name in names:
@@ -448,6 +451,9 @@ def list_episodes(cfg, data, classes, own=None):
         cfg["settings"] = [
             list(s) for s in TABLE3 if s[0] <= len(classes)     # the field has no 30-way folds
             and (not folds or find_fold(folds, *s, 0, must=False))]
+        if not cfg["settings"]:
+            raise InputError(f"--table: nothing of Table 3 is in {folds or data.form}; pass --way "
+                             "and --shot")
     episodes = {}
     for key in [(*s, i) for s in cfg["settings"] for i in range(cfg["episodes"])]:
         if not folds:
@@ -622,7 +628,7 @@ def flags(argv):
     flag("--folds", metavar="DIR", help="episodes from files: Point-BERT's 5way_10shot/0.pkl, or a "
                                         "run's own episodes/ (default: drawn from --seed)")
     shared_flags(parser, CLIP_NAMES)
-    flag("--points", type=whole(1), metavar="N", help="points of a cloud")
+    flag("--points", type=whole(1, 10**6), metavar="N", help="points of a cloud")
     flag("--groups", type=whole(1), metavar="G", help="patches of a cloud")
     flag("--neighbours", type=whole(1), metavar="K", help="points of a patch, at most 64")
     flag("--text-loss", choices=["raw", "cosine", "off"],
@@ -633,6 +639,22 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+def check_sizes(recipe):
+    if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):
+        raise InputError(f"--groups {recipe.groups} must be at most --points {recipe.points}, "
+                         f"--neighbours {recipe.neighbours} at most {min(64, recipe.points)}")
+
+
+SAVED = {                                   # forms of the settings that are this script's own
+    "data": (*RECIPES,), "way": COUNT, "shot": COUNT, "table": bool, "shots_all": (None, COUNT),
+    "episodes": range(1, 10**5), "settings": [[COUNT, COUNT]], "folds": (None, str),
+    "compare": [VARIANTS], "text_loss": ("raw", "cosine", "off"), "test_fraction": float,
+    "published": bool, "split": (..., None, [[str], [str]])}
+KEPT = {"frozen": trained(0)["frozen"], "at": {"epoch": WHOLE}, "optimizer": None, "done": [{
+    "setting": [COUNT, COUNT], "episode": WHOLE, "variant": VARIANTS, "last": float, "best": float,
+    "best_epoch": COUNT, "seconds": float, "trained": WHOLE, "frozen": WHOLE, "classes": [str]}]}
+
+
 def settings(args):
     """Flags over a recipe or a saved run -> config, saved state or None, run folder or None."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -641,18 +663,22 @@ def settings(args):
     if args.compile:
         raise InputError("--compile: every episode would be compiled anew; leave it out")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "fewshot")
+        cfg, saved, folder = saved_settings(args, "fewshot", Recipe, SAVED, KEPT)
+        check_sizes(Recipe(**cfg["recipe"]))
         if args.eval and args.clip:
             raise InputError("--eval prints what is saved and reads no weights; leave --clip out")
-        if args.eval and not saved["at"]["epoch"]:
+        order = [*itertools.product(cfg["settings"], range(cfg["episodes"]), cfg["compare"])]
+        done = [(r["setting"], r["episode"], r["variant"]) for r in saved["done"]]
+        if not order or done != order[:len(done)]:
+            raise InputError(f"{folder}: checkpoint.done does not follow from its config; start "
+                             "anew")
+        if args.eval and len(done) < len(order):
             raise InputError(f"--eval {args.eval}: the run is not finished; --resume {args.eval} "
                              "goes on")
         return cfg, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     recipe = recipe._replace(stored=max(recipe.stored, recipe.points))
-    if recipe.groups > recipe.points or recipe.neighbours > min(64, recipe.points):
-        raise InputError(f"--groups {recipe.groups} must be at most --points {recipe.points}, "
-                         f"--neighbours {recipe.neighbours} at most {min(64, recipe.points)}")
+    check_sizes(recipe)
     if bool(args.table) + bool(args.shots_all) + bool(args.way or args.shot) > 1:
         raise InputError("--table, --shots-all and --way with --shot name three protocols; give "
                          "one")

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import run                                  # before torch: Ctrl-C during the imports
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,14 +25,15 @@ from tqdm import tqdm
 
 import common
 import render
+from checkpoint import check_frozen, saved_settings, trained
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import s3dis
 from data.files import BrokenFile, check_outputs, check_span, own_clouds, read_cloud, write_ply
 from kernels import farthest_point_sample, interpolate, knn
-from run import (InputError, Run, Setup, all_reduce, check_frozen, main_guard, my_rows,
-                 parameter_groups, rank, recipe_parser, saved_settings, seed_of,
-                 shared_flags, shared_settings, whole, with_flags, world_size)
+from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, parameter_groups, rank,
+                 recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags,
+                 world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -543,12 +545,12 @@ def main(argv=None):
         run.print(f"export   {len(test)} rooms in {args.export}")
     if not args.eval:
         iou = {name: None if np.isnan(x) else float(x) for name, x in zip(classes, result["iou"])}
-        run.results({name: result[name] for name in ("miou", "macc", "oa")}, "miou",
-                    common.sizes(model), form, iou=iou, votes=votes,
-                    block_metrics={"miou": blocks["miou"]})
         run.confusion(counts, classes)
         if run.first:
             render.save(run.folder / "look.png", picture(shown, classes))
+        run.results({name: result[name] for name in ("miou", "macc", "oa")}, "miou",
+                    common.sizes(model), form, iou=iou, votes=votes,
+                    block_metrics={"miou": blocks["miou"]})
         run.print(f"look     {run.folder}/look.png")
 
 
@@ -583,14 +585,14 @@ def build(cfg, saved, setup):
     check_frozen(cfg, saved, clip)
     torch.manual_seed(seed_of(cfg["seed"]))
     model = Segmenter(clip, len(cfg["classes"]), cfg)
-    return clip, common.to_device(model, saved and saved["model"], setup)
+    return clip, common.to_device(model, saved, setup)
 
 
 def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser, CLIP_NAMES)
     flag = parser.add_argument
-    flag("--points", type=whole(1), metavar="N",
+    flag("--points", type=whole(1, 10**6), metavar="N",
          help="points of a block; a quarter of them become tokens")
     flag("--like", choices=RECIPES, help="take another row of the table: `synthetic` suits few "
                                          "rooms and no GPU")
@@ -608,6 +610,17 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+def check_sizes(recipe):
+    if not recipe.neighbours <= recipe.tokens == recipe.points // 4:
+        raise InputError(f"--points {recipe.points}: a quarter of them become tokens, and each "
+                         f"needs {recipe.neighbours} neighbours; give at least "
+                         f"{4 * recipe.neighbours}")
+
+
+SAVED = {                                   # forms of the settings that are this script's own
+    "data": (*RECIPES,), "classes": [str], "test_area": (int, str), "scale": (..., float)}
+
+
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     if args.scale is not None and not 0 < args.scale < float("inf"):
@@ -615,7 +628,9 @@ def settings(args):
     if (args.predict or args.vote) and not args.eval:
         raise InputError("--predict and --vote need a run: add --eval runs/seg-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "seg", other_data=True)
+        cfg, saved, folder = saved_settings(args, "seg", Recipe, SAVED, trained(sums=3),
+                                            other_data=True)
+        check_sizes(Recipe(**cfg["recipe"]))
         if "trained_on" in cfg:
             cfg.update(scale=1.0, test_area=args.test_area or 5)
         cfg["scale"] = args.scale or cfg.get("scale", 1.0)
@@ -624,10 +639,7 @@ def settings(args):
     data = args.data or "synthetic"
     recipe = with_flags(RECIPES[args.like or data], args)
     recipe = recipe._replace(tokens=recipe.points // 4)
-    if recipe.tokens < recipe.neighbours:
-        raise InputError(f"--points {recipe.points}: a quarter of them become tokens, and each "
-                         f"needs {recipe.neighbours} neighbours; give at least "
-                         f"{4 * recipe.neighbours}")
+    check_sizes(recipe)
     if args.test_area and data != "s3dis" and not (
             data == "folder" and s3dis.has_own_rooms(args.root or "data/folder")):
         raise InputError("--test-area belongs to --data s3dis and to folders in its layout, ROOT/"

@@ -3,15 +3,19 @@
     cloud = read_cloud("room.ply", classes=13)      a room: points, colours, labels
     names, boxes = read_boxes("room.json")
 
-Whatever is wrong with a file is a BrokenFile of one line, or a ValueError where the caller knows
-the file's name.
+Whatever is wrong with a file is a BrokenFile of one line: `reading` is the guard around every
+reader. What makes arrays looks first: at kinds of numbers, and at sizes before it asks for memory.
 """
+import io
 import json
+import math
 import pickle
 import re
 import struct
 import sys
+import warnings
 import zipfile
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -36,13 +40,38 @@ class BrokenFile(InputError):
 def broken(where, error, cure="repair the file or move it out of the data"):
     """The BrokenFile for an exception, or a sentence, about the file `where`."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
-    return BrokenFile(f"{where}: {text or type(error).__name__}; {cure}")
+    text = {KeyError: f"has no {text}", RecursionError: "is nested too deep",
+            UnicodeDecodeError: "is not UTF-8"}.get(type(error), text or type(error).__name__)
+    return BrokenFile(f"{where}: {text}; {cure}")
+
+
+@contextmanager
+def reading(where, cure="repair it"):
+    """The one guard: whatever a reader makes of the file `where`, in here, is a BrokenFile."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # numpy's remarks on empty text, overflows
+            yield
+    except InputError:                                  # it knows better what is wrong
+        raise
+    except Exception as error:
+        raise broken(where, error, cure) from None
 
 
 def text_of(blob, errors="strict"):
     """Bytes -> text. Windows puts a mark before UTF-8, and before UTF-16, which it also writes."""
     wide = blob.startswith((b"\xff\xfe", b"\xfe\xff"))
     return blob.decode("utf-16" if wide else "utf-8-sig", errors)
+
+
+def read_lines(path):
+    """The lines of a text file, in UTF-8, or UTF-16 with its mark."""
+    with reading(path, "save it as UTF-8"):
+        return text_of(Path(path).read_bytes()).splitlines()
+
+
+def read_json(path):
+    return json.loads(text_of(Path(path).read_bytes()))
 
 
 # ---- PLY, PCD ------------------------------------------------------------------------------------
@@ -134,8 +163,10 @@ def ply_rows(body, start, count, properties, order):
             start += n * size(kind)
         return begins, amounts, start
 
-    if count == 0:
+    if count == 0 or not properties:
         return {name: np.empty(0, kind) for name, kind, _ in properties}, start
+    if count > len(body) - start:           # before memory is asked for
+        raise ValueError(f"cut short: the header promises {count:,} vertices or faces")
     raw, byteorder = body.tobytes(), {"<": "little", ">": "big"}.get(order)
     try:
         begins, amounts, end = row(start)
@@ -184,7 +215,7 @@ def near_origin(xyz):
     if len(xyz) and np.abs(xyz).max() > 1e4:
         offset = np.floor(xyz.min(0).astype(np.float64))
         xyz = xyz.astype(np.float64) - offset
-        if xyz.max() > np.finfo(np.float32).max:
+        if xyz.max() > 1e15:                # float32 holds no squares of them
             raise ValueError("has coordinates too large to be meant")
     return np.ascontiguousarray(xyz, np.float32), offset
 
@@ -239,41 +270,49 @@ def lzf(packed, size):
     return bytes(out)
 
 
-# ---- Many objects in one file: HDF5, pickles, archives -------------------------------------------
+# ---- Arrays in files: pickles, NumPy's own; archives ---------------------------------------------
 
-def read_h5(files):
-    """`data` and `label` of HDF5 files, in order -> xyz (n, P, 3) float32, label (n,) int64."""
-    try:
-        import h5py
-    except ImportError:
-        raise InputError(f"{files[0]}: HDF5 files need h5py; pip install h5py") from None
-    xyz, label = [], []
-    for path in files:
-        try:
-            with h5py.File(path) as file:
-                xyz.append(file["data"][..., :3].astype(np.float32))
-                label.append(file["label"][:].reshape(-1).astype(np.int64))
-        except (OSError, KeyError) as error:
-            raise broken(path, error, "not a readable HDF5 file with `data` and `label`: "
-                                      "fetch it again") from None
-    return np.concatenate(xyz), np.concatenate(label)
+class PickledType:
+    """Stands for numpy.dtype while a pickle is read: numbers of a known size, in either order."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch("b1|[iu][1248]|f[248]", code):
+            raise pickle.UnpicklingError(f"it holds {code[:20]!r}, not numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):          # of numbers, only the byte order is not in the code
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class NumpyOnly(pickle.Unpickler):
-    """Loads numpy arrays and plain containers; a pickle that asks for anything else is refused."""
-    ALLOWED = {"multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer",
-               "numpy.ndarray", "numpy.dtype"}
+class PickledArray(np.ndarray):
+    """An array of a pickle. NumPy believes what is said of it: a type that lied about its size
+    ended the process. `reshape` raises where there are not as many bytes as it says."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls, 0, np.int8)
+
+    def __setstate__(self, state):
+        _, shape, kind, fortran, raw = state
+        np.frombuffer(raw, kind.dtype).reshape(shape)
+        super().__setstate__((1, shape, kind.dtype, bool(fortran), bytes(raw)))
+
+
+class NumpyOnly(pickle._Unpickler):
+    """Loads numpy arrays and plain containers; a pickle that asks for anything else is refused.
+
+    pickle's version in Python: the one in C makes a table as long as a file says it should be.
+    """
+    ALLOWED = {                             # nothing of NumPy is called by the file itself
+        "_reconstruct": PickledArray, "ndarray": PickledArray, "dtype": PickledType,
+        "scalar": lambda kind, raw: np.frombuffer(raw, kind.dtype)[0],
+        "_frombuffer": lambda raw, kind, shape, order, axes=None: (
+            np.frombuffer(raw, kind.dtype).reshape(shape, order="C" if axes else order)
+            .transpose(axes or range(len(shape)))),
+        "encode": lambda text, code: text.encode("latin1")}     # how protocol 2 writes bytes
 
     def find_class(self, module, name):
-        short = f"{module.rpartition('.')[2]}.{name}"
-        numpy_module = module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray",
-                                  "numpy.core.numeric", "numpy._core.numeric")
-        if numpy_module and short in self.ALLOWED:
-            core = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"
-            module = module.replace("numpy._core", "numpy.core").replace("numpy.core", core)
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):   # how pickle's protocol 2 writes bytes
-            return super().find_class(module, name)
+        if module.split(".")[0] in ("numpy", "_codecs") and name in self.ALLOWED:
+            return self.ALLOWED[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a numpy array")
 
 
@@ -283,13 +322,34 @@ def read_pickle(path):
         return NumpyOnly(file).load()
 
 
+NUMBERS = "biuf"                            # kinds of dtype
+
+
+def load_npy(blob, kinds=NUMBERS):
+    """A .npy -> array. A header that promises too much gets no memory. Raises ValueError."""
+    file = io.BytesIO(blob)
+    version = "_".join(map(str, np.lib.format.read_magic(file)))
+    shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version}")(file)
+    if dtype.kind not in kinds:
+        raise ValueError(f"holds {str(dtype)[:60]}, expected numbers")
+    if math.prod(shape) * dtype.itemsize > len(blob) - file.tell():
+        raise ValueError(f"cut short: its header promises shape {shape}")
+    array = np.frombuffer(blob, dtype, math.prod(shape), file.tell())
+    return array.reshape(shape, order="F" if fortran else "C").copy("K")
+
+
+def load_npz(file, names=None, kinds=NUMBERS):
+    """A .npz, its path or an open file -> {name: array} of those `names` (None: all) it has."""
+    with zipfile.ZipFile(file) as archive:
+        found = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        return {name: load_npy(archive.read(member), kinds) for name, member in found.items()
+                if member.endswith(".npy") and (names is None or name in names)}
+
+
 def zip_members(path, suffix):
     """The names of an archive's members that end with `suffix`, in any case."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile:
-        raise BrokenFile(f"{path}: not a readable .zip (cut short?); fetch it again") from None
+    with reading(path, "fetch it again"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     names = [name for name in names if name.lower().endswith(suffix)]
     names = [name for name in names if not any(map(is_litter, name.split("/")))]
     refuse_copies(Path(f"{path}::{name}") for name in names)
@@ -392,15 +452,23 @@ class Cloud(NamedTuple):
 
 
 def read_npy(path, columns):
-    """A .npy of at least `columns` columns; 0: of one dimension."""
-    try:
-        array = np.load(path, allow_pickle=False)
+    """A .npy of at least `columns` columns; 0: of one dimension, whole numbers."""
+    with reading(path):
+        array = load_npy(Path(path).read_bytes())
         if array.ndim != 1 + (columns > 0) or columns and array.shape[1] < columns:
             wanted = f"at least {columns} columns" if columns else "one number a point"
             raise ValueError(f"expected {wanted}, found shape {array.shape}")
+        if not columns:
+            whole_numbers(array)
         return array
-    except Exception as error:              # whatever numpy makes of a broken file
-        raise broken(path, error, "repair it") from None
+
+
+def whole_numbers(array):
+    """-> int64, or a ValueError: a fraction, a NaN, or too large to be a number of anything."""
+    bad = ~((np.abs(array) < 2**53) & (array == np.floor(array)))
+    if bad.any():
+        raise ValueError(f"has {array[bad][0]:g}, expected whole numbers")
+    return array.astype(np.int64)
 
 
 def clouds_in(folder):
@@ -424,10 +492,7 @@ def own_clouds(root, parts, how_to):
         say([passed_over(folder, [path for path in others if path not in boxes])])
         found.append(paths)
     path = root / "classes.txt"
-    try:
-        lines = text_of(path.read_bytes()).splitlines() if path.is_file() else []
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8; save it as UTF-8") from None
+    lines = read_lines(path) if path.is_file() else []
     names = [line.strip() for line in "\n".join(lines).rstrip().split("\n")] if lines else []
     if path.is_file() and not names:
         raise InputError(f"{path}: is empty; write the name of a class in each line")
@@ -452,7 +517,7 @@ def read_cloud(path, classes=None, colours=True):
     path = Path(path)
     left_out = {"rgb": not colours, "label": not classes}
     wanted = [name for name in Cloud._fields if not left_out.get(name)]
-    try:
+    with reading(path):
         suffix = path.suffix.lower()
         if suffix == ".ply":
             table, _ = read_ply(path.read_bytes(), faces=False)
@@ -462,12 +527,11 @@ def read_cloud(path, classes=None, colours=True):
             if "label" in wanted and "label" in table.dtype.names:
                 found["label"] = table["label"]
         elif suffix == ".npz":
-            with np.load(path, allow_pickle=False) as table:
-                found = {name: table[name] for name in wanted if name in table}
+            found = load_npz(path, wanted)
         elif suffix != ".npy":
             raise ValueError(f"not a format that is read here ({' '.join(ROOMS)})")
         else:
-            table = np.load(path, allow_pickle=False)
+            table = load_npy(path.read_bytes())
             if table.ndim != 2 or table.shape[1] < 3 or classes and table.shape[1] not in (4, 7):
                 columns_are = "x y z label, or x y z r g b label" if classes else "x y z ..."
                 raise ValueError(f"shape {table.shape}; expected columns {columns_are}")
@@ -477,8 +541,6 @@ def read_cloud(path, classes=None, colours=True):
             if "label" in wanted:
                 found["label"] = table[:, -1]
         return checked(found, classes)
-    except Exception as error:              # whatever numpy makes of a broken file
-        raise broken(path, error, "repair it") from None
 
 
 def checked(found, classes=None):
@@ -506,14 +568,14 @@ def checked(found, classes=None):
     if "rgb" in found:
         found["rgb"] = as_bytes(found["rgb"])
     if "instance" in found:
-        found["instance"] = found["instance"].astype(np.int64)
+        found["instance"] = whole_numbers(found["instance"])
     if "boxes" in found:
         found_boxes = found["boxes"]
         found["boxes"] = boxes = found_boxes.astype(np.float32)
         if boxes.shape[1:] != (7,) or not np.isfinite(boxes).all():
             raise ValueError(f"has NaN in its boxes, or not seven numbers each: {boxes.shape}")
         boxes[:, :3] = found_boxes[:, :3] - offset
-    found["offset"] = offset + found.get("offset", 0)           # prepared files have their own
+    found["offset"] = offset + found.get("offset", offset * 0).reshape(3)   # a prepared file's own
     return Cloud(**found)
 
 
@@ -534,8 +596,8 @@ def read_boxes(path, offset=0):
     offset: that of the Cloud the boxes belong to; their centres are moved as its points are.
     """
     names, boxes = [], []
-    try:
-        content = json.loads(text_of(Path(path).read_bytes()))
+    with reading(path, f"{A_SCENE}; repair it"):
+        content = read_json(path)
         if not isinstance(content, list):
             raise ValueError("is not a list")
         for number, box in enumerate(content):
@@ -547,15 +609,11 @@ def read_boxes(path, offset=0):
                     raise ValueError(f"the {key} of box {number} is not three numbers")
             names.append(str(box["class"]))
             boxes.append(box["center"] + box["size"])
-    except json.JSONDecodeError as error:
-        raise broken(path, f"line {error.lineno} is not JSON ({error.msg})", "repair it") from None
-    except (OSError, ValueError) as error:
-        raise broken(path, error, f"{A_SCENE}; repair it") from None
-    boxes = np.array(boxes, np.float64).reshape(-1, 6)
-    boxes[:, :3] -= offset
-    boxes = boxes.astype(np.float32)
-    if not np.isfinite(boxes).all():
-        raise broken(path, "has NaN coordinates", "repair the file")
+        boxes = np.array(boxes, np.float64).reshape(-1, 6)
+        boxes[:, :3] -= offset
+        boxes = boxes.astype(np.float32)
+        if not np.isfinite(boxes).all():
+            raise ValueError("has NaN coordinates")
     return names, boxes
 
 

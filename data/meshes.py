@@ -8,10 +8,11 @@ Raises ValueError with what is wrong; the caller knows the file's name.
 import csv
 import io
 import re
+import zipfile
 
 import numpy as np
 
-from data.files import columns, near_origin, read_pcd, read_ply, text_of
+from data.files import columns, load_npy, load_npz, near_origin, read_pcd, read_ply, text_of
 
 MESHES = (".off", ".obj", ".stl")
 CLOUDS = (".npy", ".npz", ".xyz", ".txt", ".csv", ".pcd")
@@ -31,13 +32,14 @@ def read_object(blob, suffix):
     elif suffix in MESHES:
         xyz, faces = read_mesh(blob, suffix)
     elif suffix == ".npy":
-        xyz = np.load(io.BytesIO(blob), allow_pickle=False)
+        xyz = load_npy(blob)
     elif suffix == ".npz":
-        arrays = np.load(io.BytesIO(blob), allow_pickle=False)
-        usual = [n for n in ("xyz", "points", "pos", "data") if n in arrays.files]
-        if not usual and len(arrays.files) != 1:
-            raise ValueError(f"has the arrays {', '.join(arrays.files)}; call the points xyz")
-        xyz = arrays[(usual or arrays.files)[0]]
+        names = zipfile.ZipFile(io.BytesIO(blob)).namelist()
+        names = [name.removesuffix(".npy") for name in names]
+        usual = [n for n in ("xyz", "points", "pos", "data") if n in names]
+        if not usual and len(names) != 1:
+            raise ValueError(f"has the arrays {', '.join(names)[:100]}; call the points xyz")
+        xyz, = load_npz(io.BytesIO(blob), (usual or names)[:1]).values()
     elif suffix == ".pcd":
         xyz = read_pcd(blob)
     else:
@@ -330,7 +332,7 @@ def sample_faces(vertices, faces, n, rng):
     normal = np.cross(b - a, c - a)
     area = np.linalg.norm(normal, axis=1)
     ends = np.cumsum(area, dtype=np.float64)
-    if not ends[-1] > 0:
+    if not area.any():
         raise ValueError("its faces have no area")
     # side="right" steps over faces of zero area; the minimum guards the product's last rounding
     face = np.searchsorted(ends, np.minimum(rng.random(n), 1 - 1e-12) * ends[-1], side="right")

@@ -8,7 +8,6 @@ ModelNet40/10 in four forms, ScanObjectNN, and anybody's own folder. Meshes are 
 uniformly by area.
 """
 import os
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from data.files import (broken, files_in, is_litter, loose_in, part_folder, passed_over, read_h5,
-                        read_pickle, refuse_copies, say, text_of, zip_members)
+from data.files import (broken, files_in, is_litter, loose_in, part_folder, passed_over,
+                        read_lines, read_pickle, reading, refuse_copies, say, zip_members)
 from data.meshes import SUFFIXES, read_object, sample_surface
-from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
+from data.prepared import (in_parallel, is_fresh, kept_in, load_prepared, prepared_folder, save_npz,
+                           sources_of)
 from run import InputError, barrier, rank
 
 MODELNET40 = tuple("""airplane bathtub bed bench bookshelf bottle bowl car chair cone cup curtain
@@ -57,17 +57,13 @@ class Source(NamedTuple):
         return f"{self.path}::{self.member}" if self.member else self.path
 
     def read(self):
-        try:
+        with reading(self.where(), "repair the file or move it out of the data"):
             if self.member:
                 with zipfile.ZipFile(self.path) as archive:
                     blob = archive.read(self.member)
             else:
                 blob = Path(self.path).read_bytes()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")       # numpy's remarks on empty text
-                return read_object(blob, Path(self.member or self.path).suffix.lower())
-        except Exception as error:                    # whatever a reader makes of a broken file
-            raise broken(self.where(), error) from None
+            return read_object(blob, Path(self.member or self.path).suffix.lower())
 
 
 def sample(source, stored):
@@ -79,10 +75,8 @@ def sample(source, stored):
     xyz, faces = source.read()
     rng = np.random.default_rng(zlib.crc32(os.fsencode(source.name)))   # in any order of the files
     if faces is not None:
-        try:
+        with reading(source.where(), "repair the file or move it out of the data"):
             return sample_surface(xyz, faces, stored, rng), stored
-        except ValueError as error:
-            raise broken(source.where(), error) from None
     if (xyz == xyz[0]).all():
         raise broken(source.where(), "all its points coincide")
     order = rng.permutation(len(xyz))[:stored]
@@ -241,7 +235,28 @@ def label_of(name, classes, where):
 def read_list(path):
     if not path.is_file():
         raise InputError(f"{path}: missing; the archive modelnet40_normal_resampled.zip has it")
-    return text_of(path.read_bytes()).split()
+    return " ".join(read_lines(path)).split()
+
+
+def read_h5(files):
+    """`data` and `label` of HDF5 files, in order -> xyz (n, P, 3) float32, label (n,) int64."""
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f"{files[0]}: HDF5 files need h5py; pip install h5py") from None
+    xyz, label = [], []
+    for path in files:
+        cure = "not a readable HDF5 file with `data` and `label`: fetch it again"
+        with reading(path, cure), h5py.File(path) as file:
+            most = 1032 * Path(path).stat().st_size             # deflate makes no more of it
+            for x in file["data"], file["label"]:
+                if x.dtype.kind not in "iuf" or x.nbytes > most:
+                    raise ValueError(f"its `{x.name[1:]}` is {x.dtype} of shape {x.shape}")
+            xyz.append(file["data"][..., :3].astype(np.float32))
+            label.append(file["label"][:].reshape(-1).astype(np.int64))
+            if xyz[-1].shape[1:] != (xyz[0].shape[1], 3) or len(xyz[-1]) != len(label[-1]):
+                raise ValueError(f"has {len(label[-1])} labels for clouds of shape {xyz[-1].shape}")
+    return np.concatenate(xyz), np.concatenate(label)
 
 
 def read_h5_of_ten(files):
@@ -257,12 +272,12 @@ def read_dat(files):
     path, = files
     if not path.is_file():
         raise InputError(f"{path}: missing beside its counterpart; fetch it from the same place")
-    try:
+    with reading(path, "not one of Point-BERT's .dat files: fetch it again"):
         points, labels = read_pickle(path)
-        return (np.stack([np.asarray(p, np.float32)[:, :3] for p in points]),
+        if len(points) != len(labels):
+            raise ValueError(f"has {len(points)} clouds, {len(labels)} labels")
+        return (np.stack([np.array(p, np.float32).reshape(len(p), -1)[:, :3] for p in points]),
                 np.array([int(np.asarray(n).reshape(-1)[0]) for n in labels]))
-    except Exception as error:
-        raise broken(path, error, "not one of Point-BERT's .dat files: fetch it again") from None
 
 
 def read_fold(path, classes, way, shot, points):
@@ -271,16 +286,14 @@ def read_fold(path, classes, way, shot, points):
 
     {"train": [(points (8192, 6), episode label, ModelNet40 label), ...], "test": [...]}.
     """
-    try:
+    with reading(path, "not a few-shot fold of Point-BERT: fetch it again"):
         fold, parts, pairs = read_pickle(path), [], set()
         for part in PARTS:
-            rows = [(np.asarray(xyz, np.float32)[:, :3], int(np.asarray(k).item()),
+            rows = [(np.array(xyz, np.float32)[:, :3], int(np.asarray(k).item()),
                      int(np.asarray(c).item())) for xyz, k, c in fold[part]]
             xyz, label, _ = zip(*rows)
             parts.append((np.stack(xyz), np.array(label)))
             pairs |= {(k, c) for _, k, c in rows}
-    except Exception as error:
-        raise broken(path, error, "not a few-shot fold of Point-BERT: fetch it again") from None
     pairs = sorted(pairs)
     if [k for k, _ in pairs] != list(range(way)):
         raise InputError(f"{path}: its labels are not those of {way} ways; fetch it again")
@@ -336,10 +349,9 @@ def prepare(name, root, stored, workers=1):
 
 def follow(path, sources, found):
     """Where the folder was moved, or is called otherwise, what was prepared says so from now on."""
-    with np.load(path, allow_pickle=False) as table:
-        if table["form"] == found.form or not os.access(path.parent, os.W_OK):
-            return
-        table = {name: table[name] for name in table.files if name != "sources"}
+    if kept_in([path], "form") == [found.form] or not os.access(path.parent, os.W_OK):
+        return
+    table = load_prepared(path)
     if found.objects:
         table["where"] = np.array([source.where() for source in found.objects], str)
     save_npz(path, sources, **{**table, "form": found.form})
@@ -406,8 +418,7 @@ def load(path, points, fraction, split=None):
     Every object must have `points` points of its own. fraction: of each class, where the data has
     no split. split: what `split_of` said when a run began; later objects are left out and named.
     """
-    with np.load(path, allow_pickle=False) as prepared:
-        table = dict(prepared)
+    table = load_prepared(path)
     form = str(table["form"])
     if split and (table["part"] < 0).any():
         test, form = rows_of_split(table, split)
@@ -425,10 +436,10 @@ def load(path, points, fraction, split=None):
 def split_of(path, fraction):
     """Names of the training and of the test objects where a part is set aside. Which these are
     depends on all files of a class, so a run keeps the names. None: the data has its own split."""
-    with np.load(path, allow_pickle=False) as table:
-        if (table["part"] >= 0).all():
-            return None
-        test, names = test_rows(table, fraction), table["names"]
+    table = load_prepared(path, ["part", "label", "classes", "where", "names"])
+    if (table["part"] >= 0).all():
+        return None
+    test, names = test_rows(table, fraction), table["names"]
     return [names[~test].tolist(), names[test].tolist()]
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import BrokenFile
+from data.files import NUMBERS, BrokenFile, load_npz, reading
 from run import InputError, barrier, rank
 
 
@@ -39,28 +40,37 @@ def sources_of(paths, *facts):
 def is_fresh(path, sources):
     """Whether the prepared file is there, whole, and made from these sources."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            return kept["sources"].item().decode() == sources
+        with zipfile.ZipFile(path) as kept:
+            return kept.read("sources").decode() == sources + contents(kept)
     except Exception:                       # missing, or not whole
         return False
 
 
+def contents(archive):
+    """Name and checksum of each array, as text: with others, a file is not what was prepared."""
+    arrays = [member for member in archive.infolist() if member.filename != "sources"]
+    return json.dumps([[member.filename, member.CRC] for member in arrays])
+
+
+def load_prepared(path, names=None):
+    """A prepared file -> {name: array} of those `names` (None: all) that it has."""
+    with reading(path, "remove it, and it is made again"):
+        return load_npz(path, names, NUMBERS + "U")
+
+
 def kept_in(paths, name):
     """The array `name` of each prepared file that has it."""
-    found = []
-    for path in paths:
-        with np.load(path, allow_pickle=False) as kept:
-            if name in kept.files:
-                found.append(kept[name])
-    return found
+    return [array for path in paths for array in load_prepared(path, [name]).values()]
 
 
 def save_npz(path, sources, **arrays):
     """Write a prepared file. Two may do so at once; nothing half-written bears its name."""
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, sources=np.array(sources.encode()), **arrays)
+        with open(temporary, "w+b") as file:
+            np.savez(file, **arrays)
+            with zipfile.ZipFile(file, "a") as kept:
+                kept.writestr(zipfile.ZipInfo("sources"), sources + contents(kept))
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room") from None

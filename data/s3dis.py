@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import (as_bytes, broken, checked, files_in, passed_over, read_npy, refuse_copies,
-                        say)
+from data.files import (as_bytes, broken, checked, files_in, passed_over, read_npy, reading,
+                        refuse_copies, say)
 from data.prepared import kept_in, prepare_rooms, sources_of
 from run import InputError
 
@@ -121,10 +121,8 @@ def read_prepared(path):
     """Area_A_ROOM.npy, columns x y z r g b label -> {xyz, rgb, label}, notes."""
     table = read_npy(path, 7)
     found = {"xyz": table[:, :3], "rgb": table[:, 3:6], "label": table[:, 6]}
-    try:
+    with reading(path):
         cloud = checked(found, len(ROOM_CLASSES))
-    except ValueError as error:
-        raise broken(path, error, "repair the file") from None
     low = cloud.xyz.min(0)
     return {"xyz": cloud.xyz - low, "rgb": cloud.rgb, "label": cloud.label.astype(np.int8),
             "offset": cloud.offset + low}, []

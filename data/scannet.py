@@ -7,13 +7,13 @@ A published scan is prepared as VoteNet does it (github.com/facebookresearch/vot
 turned upright, boxes around its instances, 50,000 points. What VoteNet prepared stays as it stands.
 """
 import csv
-import json
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from data.files import as_bytes, broken, columns, read_npy, read_ply, say, text_of
+from data.files import (as_bytes, broken, columns, read_json, read_lines, read_npy, read_ply,
+                        reading, say)
 from data.prepared import kept_in, prepare_rooms, sources_of
 from run import InputError
 
@@ -105,12 +105,13 @@ def label_table(path):
     """scannetv2-labels.combined.tsv -> {ScanNet's category: nyu40 id}."""
     if not path.is_file():
         raise InputError(f"{path}: missing; it comes with ScanNet's task data")
-    try:
+    with reading(path, "not ScanNet's label table: fetch it again"):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, delimiter="\t")
-            return {row["raw_category"]: int(row["nyu40id"]) for row in rows}
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: not ScanNet's label table ({error}); fetch it again") from None
+            table = {row["raw_category"]: int(row["nyu40id"]) for row in rows}
+        if not table or not 0 <= min(table.values()) <= max(table.values()) <= 40:
+            raise ValueError("its nyu40id are not numbers from 0 to 40")
+        return table
 
 
 def files_of(folder):
@@ -129,28 +130,31 @@ def read_raw(folder, nyu40, most=MOST):
     overwrite earlier ones where they share segments, in the order of the file. A scan without
     axisAlignment (of the test set, or of v1) stays as it stands, and has `unaligned`.
     """
-    files = files_of(folder)
-    try:
-        path = files["pose"]
-        lines = text_of(path.read_bytes()).splitlines()
+    files, cure = files_of(folder), "fetch it again"
+    with reading(files["pose"], cure):
+        lines = read_lines(files["pose"])
         lines = dict(line.split("=", 1) for line in lines if "=" in line)
         lines = {key.strip(): value for key, value in lines.items()}
         align = np.eye(4)
         if "axisAlignment" in lines:
             align = np.array(lines["axisAlignment"].split(), np.float64).reshape(4, 4)
-        path = files["mesh"]
-        table, _ = read_ply(path.read_bytes(), faces=False)
+        if not np.isfinite(align).all():
+            raise ValueError("its axisAlignment has NaN")
+    with reading(files["mesh"], cure):
+        table, _ = read_ply(files["mesh"].read_bytes(), faces=False)
         vertices = columns(table, "x", "y", "z")
-        colours = columns(table, "red", "green", "blue", kind=None)
-        path = files["segments"]
-        segment = json.loads(text_of(path.read_bytes()))["segIndices"]
-        segment = np.array(segment, np.int64)
-        if len(segment) != len(vertices):
-            raise ValueError(f"{len(segment)} segment ids for {len(vertices)} vertices")
-        path = files["objects"]
-        groups = json.loads(text_of(path.read_bytes()))["segGroups"]
         xyz1 = np.concatenate([vertices, np.ones((len(vertices), 1))], 1)
         xyz = (xyz1 @ align.T)[:, :3].astype(np.float32)
+        if not np.isfinite(xyz).all():
+            raise ValueError("has NaN coordinates")
+        keep = np.random.default_rng(zlib.crc32(folder.name.encode())).permutation(len(xyz))[:most]
+        rgb = as_bytes(columns(table, "red", "green", "blue", kind=None)[keep])
+    with reading(files["segments"], cure):
+        segment = np.array(read_json(files["segments"])["segIndices"], np.int64)
+        if len(segment) != len(vertices):
+            raise ValueError(f"{len(segment)} segment ids for {len(vertices)} vertices")
+    with reading(files["objects"], cure):
+        groups = read_json(files["objects"])["segGroups"]
         semantic, instance = np.zeros((2, len(vertices)), np.int64)
         label = {}
         for group in groups:
@@ -160,13 +164,6 @@ def read_raw(folder, nyu40, most=MOST):
             mine = np.isin(segment, group["segments"])
             label[group["objectId"]] = semantic[mine] = nyu40[group["label"]]
             instance[mine] = group["objectId"] + 1
-        path = files["mesh"]
-        if not np.isfinite(xyz).all():
-            raise ValueError("has NaN coordinates")
-        keep = np.random.default_rng(zlib.crc32(folder.name.encode())).permutation(len(xyz))[:most]
-        rgb = as_bytes(colours[keep])
-    except Exception as error:              # whatever json and numpy make of a broken file
-        raise broken(path, error, "fetch it again") from None
     boxes = []
     for i in sorted(label):
         mine = xyz[instance == i + 1]
@@ -196,14 +193,12 @@ VOTENET = ("vert", "sem_label", "ins_label", "bbox")
 def read_votenet(vert, sem_label, ins_label, bbox):
     """VoteNet's files -> {xyz, rgb, label, instance, boxes}, notes. The first must be there."""
     points = read_npy(vert, 3)
-    scan = {"xyz": points[:, :3].astype(np.float32)}
-    if len(points) == 0 or not np.isfinite(scan["xyz"]).all():
-        raise broken(vert, "has no points, or NaN coordinates", "repair the file")
-    if points.shape[1] >= 6:
-        try:
+    with reading(vert):
+        scan = {"xyz": points[:, :3].astype(np.float32)}
+        if len(points) == 0 or not np.isfinite(scan["xyz"]).all():
+            raise ValueError("has no points, or NaN coordinates")
+        if points.shape[1] >= 6:
             scan["rgb"] = as_bytes(points[:, 3:6])
-        except ValueError as error:
-            raise broken(vert, error, "repair the file") from None
     for field, path in (("label", sem_label), ("instance", ins_label)):
         if path.is_file():
             scan[field] = read_npy(path, 0)
@@ -215,5 +210,8 @@ def read_votenet(vert, sem_label, ins_label, bbox):
     if "instance" in scan:
         scan["instance"] = scan["instance"].astype(np.int32)
     if bbox.is_file():
-        scan["boxes"] = read_npy(bbox, 7)[:, :7].astype(np.float32)
+        with reading(bbox):
+            scan["boxes"] = read_npy(bbox, 7)[:, :7].astype(np.float32)
+            if not np.isfinite(scan["boxes"]).all():
+                raise ValueError("has NaN in its boxes")
     return scan, []

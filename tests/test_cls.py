@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import render
 import run
 import train_cls
@@ -247,6 +248,38 @@ def test_a_mistake_on_the_command_line_is_answered_in_one_line(finished, flags, 
     assert "\n" not in str(error.value)
 
 
+def test_a_run_that_was_killed_between_its_last_epoch_and_its_results_is_finished(
+        finished, tmp_path, folder):
+    shutil.copytree(finished, tmp_path / "run")
+    for name in ("results.json", "look.png"):
+        (tmp_path / "run" / name).unlink()
+    train_cls.main(["--resume", str(tmp_path / "run")])
+    for name in ("look.png", "metrics.jsonl", "last.pt"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+    was, now = (json.loads((run / "results.json").read_bytes())
+                for run in (finished, tmp_path / "run"))
+    assert now == was
+    with pytest.raises(InputError, match="the run is finished"):
+        train_cls.main(["--resume", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--seed", "1e20"), ("--seed", "9" * 20), ("--points", "1e20"), ("--points", "9" * 20),
+    ("--epochs", "9" * 5000), ("--workers", "0"), ("--lr", "high")])
+def test_a_number_that_is_none_is_one_line(flag, value, capsys):
+    with pytest.raises(SystemExit) as left:
+        train_cls.flags([flag, value])
+    printed = capsys.readouterr().err
+    assert left.value.code == 2 and printed.startswith(f"error: argument {flag}: ")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e300", "0", "-1"])
+def test_a_learning_rate_that_is_none_is_one_line(value):
+    with pytest.raises(InputError, match="must be above 0 and below 1000"):
+        train_cls.settings(train_cls.flags(["--lr", value]))
+
+
 def script(*args):
     env = {k: v for k, v in os.environ.items()
            if k not in ("WORLD_SIZE", "RANK", "TRITON_INTERPRET")}
@@ -280,7 +313,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tiny_clip, tmp_path):
     assert process.returncode == 130, err
     assert f"go on with: python train_cls.py --resume {tmp_path / 'run'}" in out
     assert "Traceback" not in err
-    assert run.load_checkpoint(tmp_path / "run", "cls")["at"]["epoch"] >= 1
+    assert checkpoint.load_checkpoint(tmp_path / "run", "cls")["at"]["epoch"] >= 1
 
 
 NO_DROPOUT = """
@@ -341,7 +374,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
     monkeypatch.setattr(train_cls, "loss_terms", break_down)
     with pytest.raises(InputError, match="not finite in epoch 2"):
         train_cls.main(arguments(folder, tiny_clip, tmp_path / "run"))
-    saved = run.load_checkpoint(tmp_path / "run", "cls")
+    saved = checkpoint.load_checkpoint(tmp_path / "run", "cls")
     assert saved["at"]["epoch"] == 1 and all(w.isfinite().all() for w in saved["model"].values())
 
 
@@ -377,7 +410,7 @@ def test_weights_are_known_by_their_hash_wherever_they_lie(folder, tiny_clip, tm
         train_cls.main(["--resume", str(tmp_path / "run")])
     moved = ["--clip", f"timm:test_vit={there}"]
     train_cls.main(["--resume", str(tmp_path / "run"), *moved])
-    saved = run.load_checkpoint(tmp_path / "run", "cls")
+    saved = checkpoint.load_checkpoint(tmp_path / "run", "cls")
     assert saved["config"]["clip"] == saved["frozen"]["name"] == moved[1]
     capsys.readouterr()
     train_cls.main(["--eval", str(tmp_path / "run")])
@@ -399,7 +432,7 @@ def test_the_split_belongs_to_the_run(tiny_clip, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(run.Stopper, "now", lambda self, step: True)
         train_cls.main([*small, "--out", str(tmp_path / "parts")])
-    split = run.load_checkpoint(tmp_path / "whole", "cls")["config"]["split"]
+    split = checkpoint.load_checkpoint(tmp_path / "whole", "cls")["config"]["split"]
     assert [len(names) for names in split] == [48, 12]
     printed = capsys.readouterr().out
     shutil.copy(root / "ball/o1.npy", root / "ball/aa.npy")

@@ -460,6 +460,9 @@ def test_the_table_has_a_column_for_every_setting_beside_the_papers(small, monke
     assert lines[at + 3].startswith("EPCL, paper's Table 3")
     assert lines[at + 3].endswith("   95.1 ± 2.7   97.3 ± 1.6   91.1 ± 4.2")
     assert "ModelNet40, CLIP ViT-B/32" in lines[at + 4]
+    monkeypatch.setattr(fewshot, "TABLE3", [(9, 1)])
+    with pytest.raises(InputError, match="nothing of Table 3 is in .*; pass --way and --shot"):
+        fewshot.main([*small[4:], "--table"])
 
 
 def test_shots_of_all_classes_are_tested_on_the_whole_test_set(small, capsys):

@@ -378,7 +378,7 @@ def test_a_modelnet_that_is_not_whole_is_explained(tmp_path, clouds):
     with pytest.raises(InputError, match="test_8192pts_fps.dat: missing beside its counterpart"):
         prepare("modelnet40", tmp_path, 64)
     (tmp_path / "other.zip").write_bytes(b"not an archive")
-    with pytest.raises(InputError, match="other.zip: not a readable .zip"):
+    with pytest.raises(InputError, match="other.zip: File is not a zip file; fetch it again"):
         prepare("modelnet40", tmp_path / "other.zip", 64)
 
 

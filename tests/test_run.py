@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import kernels
 import run as run_module
-from run import InputError, Run, Setup, check_frozen, learning_rate, load_checkpoint
+from checkpoint import check_frozen, load_checkpoint
+from run import InputError, Run, Setup, learning_rate
 
 ROOT = Path(__file__).parent.parent
 CFG = {"data": "toy", "seed": 3, "frozen": {"name": "none", "sha256": "0" * 64},
@@ -160,16 +162,81 @@ def test_a_checkpoint_of_another_script_or_of_other_frozen_weights_is_refused(tm
 def test_a_checkpoint_with_the_names_of_before_says_what_to_do():
     model = torch.nn.Linear(2, 1)
     with pytest.raises(InputError, match="from before 26 November 2026.*train anew"):
-        run_module.load_weights(model, {"encoder.tokenizer.first.0.weight": torch.zeros(1)})
+        checkpoint.load_weights(model, {"encoder.tokenizer.first.0.weight": torch.zeros(1)})
     with pytest.raises(InputError, match=r"do not fit the model: 2 tensors differ, "
                                          r"weight \(5,\) for \(1, 2\), bias missing for \(1,\)"):
-        run_module.load_weights(model, {"weight": torch.zeros(5)})
+        checkpoint.load_weights(model, {"weight": torch.zeros(5)})
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):
         Run("cls", CFG, Setup("cpu")).open(__file__, tmp_path / "file" / "run")
+
+
+def test_a_run_that_another_process_is_writing_is_refused_until_that_process_is_gone(tmp_path):
+    pytest.importorskip("fcntl", reason="Windows has other locks")
+    loop(tmp_path)
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import time; from run import Run, Setup\n"
+            f"run = Run('cls', {CFG}, Setup('cpu')); run.open(run.open.__code__.co_filename, "
+            f"{str(tmp_path)!r})\nprint('open', flush=True); time.sleep(600)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "open\n"
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="another process is writing this run; wait for its end"):
+        loop(tmp_path, load_checkpoint(tmp_path, "cls"))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    other.kill()
+    other.wait()
+    loop(tmp_path, load_checkpoint(tmp_path, "cls"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is full")
+@pytest.mark.parametrize("name", ["last.pt", "results.json", "metrics.jsonl", "log.txt"])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_survives(name, tmp_path):
+    _, run = loop(tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    run.log.close()
+    run.log = open("/dev/full", "ab", buffering=0)
+    for file in ("last.pt.tmp", "results.json.tmp"):
+        (tmp_path / file).symlink_to("/dev/full")
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writes = {"log.txt": lambda: run.print("x"), "metrics.jsonl": lambda: run.append(name, "x"),
+              "last.pt": lambda: run.save(name), "results.json": lambda: run.write(name, {})}
+    with pytest.raises(InputError, match=f"{name}: cannot be written .*; make room") as error:
+        writes[name]()
+    assert "\n" not in str(error.value) and (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_what_a_killed_process_left_half_written_is_cleaned(tmp_path):
+    loop(tmp_path)
+    (tmp_path / "best.pt.tmp").write_bytes(b"half")
+    loop(tmp_path, load_checkpoint(tmp_path, "cls"))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_without_a_checkpoint_says_which_command_to_repeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", "--out", "my run"])
+    Run("cls", CFG, Setup("cpu")).open(__file__, tmp_path)
+    with pytest.raises(InputError, match="nothing was saved yet; repeat the run: python "
+                                         "train_cls.py --out 'my run'"):
+        load_checkpoint(tmp_path, "cls")
+
+
+@pytest.mark.parametrize("script", ["cls", "clip", "det", "fewshot", "seg"])
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(script):
+    code = ("import builtins, os, runpy, signal, sys\nreal = builtins.__import__\n"
+            "def interrupted(name, *args, **more):\n"
+            "    name == 'torch' and os.kill(os.getpid(), signal.SIGINT)\n"
+            "    return real(name, *args, **more)\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"builtins.__import__, sys.argv = interrupted, ['train_{script}.py']\n"
+            f"sys.path.insert(0, {str(ROOT)!r})\n"
+            f"runpy.run_path({str(ROOT)!r} + '/train_{script}.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == done.stdout == ""
 
 
 def test_a_run_says_which_kernels_run(monkeypatch):
@@ -204,3 +271,7 @@ def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
         run_module.main_guard((tmp_path / "taken").mkdir)
     assert left.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'taken'}: File exists; give a")
+    if Path("/dev/full").exists():          # while a room is exported, say
+        with pytest.raises(SystemExit):
+            run_module.main_guard(lambda: Path("/dev/full").write_bytes(b"a room"))
+        assert capsys.readouterr().err.startswith("error: the disk: No space left on device; give")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import common
 import render
 import run
@@ -501,7 +502,7 @@ def test_a_run_evaluates_resumes_repeats_and_predicts(small, monkeypatch, capsys
     with pytest.raises(SystemExit) as left:
         seg.main([*small, "--out", "parts"])
     assert left.value.code == 130
-    at = run.load_checkpoint("parts", "seg")["at"]
+    at = checkpoint.load_checkpoint("parts", "seg")["at"]
     assert (at["epoch"], at["step"]) == (1, 3)              # 7 steps an epoch, asked after each
     monkeypatch.setattr(run.Stopper, "now", now)
     with open("parts/metrics.jsonl", "a", encoding="utf-8") as file:
@@ -630,7 +631,7 @@ def test_scale_belongs_to_the_run(small, own):
         np.save(path.with_suffix(".npy"), np.c_[cloud.xyz * 1000, cloud.rgb, cloud.label])
     words = ["--data", "folder", "--root", str(own), "--like", "synthetic", "--scale", "0.001"]
     seg.main([*small, *words, "--export", "out"])
-    assert run.load_checkpoint("runs/seg-folder-1", "seg")["config"]["scale"] == 0.001
+    assert checkpoint.load_checkpoint("runs/seg-folder-1", "seg")["config"]["scale"] == 0.001
     table, _ = read_ply(Path("out/room2.ply").read_bytes())
     np.testing.assert_allclose(table["x"], read_cloud(own / "test/room2.npy").xyz[:, 0], rtol=1e-6,
                                atol=1e-3)
