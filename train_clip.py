@@ -8,8 +8,8 @@
 What comes out is a small CLIP that was really pretrained, for whoever runs, tests or learns the
 method without a download. It knows forty classes and a few words beside them, from pictures that a
 z-buffer drew. Its accuracy is that of naming held-out renders by a prompt. That is not zero-shot:
-captions name the same classes. data/nanoclip.safetensors, which --clip nano takes, is what the first
-command wrote.
+captions name the same classes. The first command wrote data/nanoclip.safetensors, which --clip nano
+takes.
 """
 from pathlib import Path
 from typing import NamedTuple
