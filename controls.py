@@ -8,6 +8,7 @@ Everything else is equal: seeds, clouds, samples, epochs. Differences are paired
 goes on where it was stopped; finished trainings are not repeated.
 """
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -131,8 +132,8 @@ def main(argv=None):
         raise InputError(f"{kept}: the trainings there had other flags; give another --out")
     kept.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     todo = []
-    for seed in range(args.seeds):          # seed by seed: what is there first can be compared
-        for row, flags in ((row, flags) for group in groups for row, flags in group.items()):
+    for group, seed in itertools.product(groups, range(args.seeds)):    # what is compared, first
+        for row, flags in group.items():
             folder = args.out / folder_of(row, seed)
             if not (folder / "results.json").is_file():
                 todo.append((f"{row}, seed {seed}", [*flags, "--seed", str(seed), *rest], folder))
