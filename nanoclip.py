@@ -19,6 +19,8 @@ from run import InputError
 
 FILE = Path(__file__).parent / "data" / "nanoclip.safetensors"
 SHA256 = ""                     # of FILE
+DEPTH_FILE = FILE.with_name("nanodepth.safetensors")    # what train_clip2point.py made of it
+DEPTH_SHA256 = ""
 
 
 class UnknownWords(LookupError):
@@ -105,3 +107,27 @@ def load(path=None, seed=None):
         model.load_state_dict({name: w.float() if w.is_floating_point() else w
                                for name, w in state.items()})
     return model.eval(), tokenize
+
+
+def save_depth(path, tower, image):
+    """A depth tower in fp16. image: fingerprint of the image tower that it was taught by."""
+    from safetensors.torch import save_file
+    state = {name: w.detach().cpu().half() if w.is_floating_point() else w.detach().cpu()
+             for name, w in tower.state_dict().items()}
+    save_file({name: w.contiguous() for name, w in state.items()}, path, {"image": image})
+
+
+def load_depth(tower, image):
+    """The depth tower of this repository into `tower`, a copy of the image tower."""
+    from safetensors import safe_open
+    if not DEPTH_FILE.is_file():
+        raise InputError(f"{DEPTH_FILE}: is missing; restore it, or make one with python "
+                         "train_clip2point.py and pass --eval RUN")
+    if hashlib.sha256(DEPTH_FILE.read_bytes()).hexdigest() != DEPTH_SHA256:
+        raise InputError(f"{DEPTH_FILE}: is not the file of this repository; restore it, or pass "
+                         "--eval RUN if you trained it")
+    with safe_open(DEPTH_FILE, "pt") as file:
+        if file.metadata()["image"] != image:
+            raise InputError(f"{DEPTH_FILE}: was taught by another nano-CLIP than {FILE}; restore "
+                             "both, or make one with python train_clip2point.py")
+        tower.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
