@@ -55,27 +55,29 @@ class Recipe(NamedTuple):
     optimizer: str
     decay: float            # weight decay
     temperature: float      # of the contrast
+    adapter: int            # epochs of the dual-path adapter
 
 
 SHAPENET = Recipe(
     points=1024, objects=0, pictures=10, scanned=0.0,               # release, datasets/shapenet.py
     epochs=100, warmup=0, batch_size=256, lr=6e-3, restart=2,       # release, pretraining.py
     optimizer="lamb", decay=1e-4,                                   # the same
-    temperature=0.07)       # release; the paper's supplement says 0.7: --temperature 0.7
+    temperature=0.07,       # release; the paper's supplement says 0.7: --temperature 0.7
+    adapter=100)                                                    # release, fewshot.py
 RECIPES = {
     "shapenet": SHAPENET,
     "folder": SHAPENET,
     # ours, sized for two CPU cores and nano-CLIP
-    "synthetic": SHAPENET._replace(objects=40, pictures=4, scanned=0.5, epochs=12, warmup=0.5,
+    "synthetic": SHAPENET._replace(objects=40, pictures=4, scanned=0.5, epochs=8, warmup=0.5,
                                    batch_size=64, lr=1e-3, restart=0, optimizer="adamw",
-                                   decay=1e-2),
+                                   decay=1e-2, adapter=30),
 }
 LOWEST = 1e-5               # learning rate at the end of a cosine
 PROMPT = "image of a {}"    # release
 HELD_OUT = (10, 303)        # built-in objects of a class to test on, complete; their seed
 SCANS = (16, 1), (10, 2)    # scanned ones: shots, to test on; the seeds of train_cls.py
 LEFT_OUT = "chair", "monitor", "table", "vase"          # of the control that never saw their depth
-ADAPTER = dict(epochs=100, batch=32, lr=1e-3, decay=1e-4)       # release, fewshot.py
+ADAPTER = {"batch": 32, "lr": 1e-3, "weight_decay": 1e-4}      # release, fewshot.py
 
 #     elevation, azimuth in degrees: the release's views
 AXIS10 = [(0, 0), (90, 0), (180, 0), (270, 0), (225, -45), (225, 45), (315, -45), (315, 45),
@@ -648,9 +650,10 @@ def adapt(clip, tower, shots, tests, text, cfg, setup):
     draw = torch.Generator().manual_seed(seed_of(cfg["seed"], 1))
     torch.manual_seed(seed_of(cfg["seed"]))
     model = DualPathAdapter(*pair[0].shape[1:]).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), ADAPTER["lr"], weight_decay=ADAPTER["decay"])
-    best = -1.0, 0
-    for epoch in tqdm(range(ADAPTER["epochs"]), "adapter", unit="epoch", leave=False, disable=None):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=ADAPTER["lr"],
+                                  weight_decay=ADAPTER["weight_decay"])
+    best, epochs = (-1.0, 0), range(cfg["recipe"]["adapter"])
+    for epoch in tqdm(epochs, "adapter", unit="epoch", leave=False, disable=None):
         model.train()
         for rows in torch.randperm(len(label), generator=draw).to(device).split(ADAPTER["batch"]):
             if len(rows) > 1:               # batch norm needs two
@@ -696,12 +699,12 @@ def main(argv=None):
 
     data, tests, classes, form = load_pairs(cfg, clip, setup)
     cfg["classes"], names = list(classes), [name.replace("_", " ") for name in classes]
+    unknown = [name for name in names if not knows(clip, name)]
+    tests = [] if unknown else tests
     run.print(f"data     {cfg['data']}: {len(data.label):,} objects with {data.image.shape[1]} "
               f"pictures each; {', '.join(f'{len(t.label):,} {t.name}' for t in tests) or 'none'} "
               f"to test; {len(classes)} classes, {cfg['recipe']['points']} points; {form}")
-    unknown = [name for name in names if not knows(clip, name)]
     if unknown:
-        tests = []
         run.print(f"text     no test by name: {clip.name} does not know {', '.join(unknown[:5])}")
     text = text_features(clip, names) if tests else None
     controls = ["mispaired", "left out"] if cfg["data"] == "synthetic" else []
@@ -910,6 +913,7 @@ def flags(argv):
     flag = parser.add_argument
     flag("--clip", metavar="NAME", help=f"{common.CLIP_NAMES} (default: openai; nano where no "
                                         "--data is given)")
+    flag("--objects", type=whole(1), metavar="N", help="built-in objects of each class")
     flag("--temperature", type=float, metavar="T", help="of the contrast: 0.07 as released (the "
                                                         "default), 0.7 as the supplement prints")
     flag("--loss", choices=["both", "cross", "intra"], help="control: one of the two alone")

@@ -1,4 +1,6 @@
 """train_clip2point.py: depth maps against a slow rasteriser, losses, adapter, runs, messages."""
+import contextlib
+import io
 import json
 import math
 from pathlib import Path
@@ -219,3 +221,308 @@ def test_cosines_are_summed_over_the_views_and_classes_may_be_left_out():
     scores, label = torch.tensor([[3., 2, 1], [1, 2, 3], [3, 2, 1]]), torch.tensor([0, 1, 1])
     assert c2p.accuracy(scores, label) == pytest.approx(1 / 3)
     assert c2p.accuracy(scores, label, [1, 2]) == pytest.approx(1 / 2)      # of two clouds
+
+
+# --- CLIP and towers ------------------------------------------------------------------------------
+
+SMALL = train_clip.RECIPES["synthetic"]._replace(size=32, width=32, layers=1, text_width=32,
+                                                 text_layers=1, stem=8, embed=64)
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    """--clip nano=FILE, small, with random weights."""
+    torch.manual_seed(9)
+    config = train_clip.config_of(SMALL)
+    model, _ = nanoclip.build(config, train_clip.WORDS)
+    path = tmp_path_factory.mktemp("nano") / "nano.safetensors"
+    nanoclip.save(path, model, config, train_clip.WORDS)
+    return f"nano={path}"
+
+
+def test_clip_is_loaded_whole_and_prepares_pictures_as_it_wants_them(nano):
+    clip = c2p.load_clip(nano, 0, "cpu")
+    assert (clip.size, clip.radius, clip.model) == (32, .06, "nano")
+    x = torch.rand(2, 32, 32)
+    torch.testing.assert_close(clip.prepared(x), (2 * x - 1)[:, None].expand(-1, 3, -1, -1))
+    assert not any(p.requires_grad for p in clip.visual.parameters()) and not clip.visual.training
+    other = c2p.load_clip("random", 0, "cpu")
+    assert (other.size, other.radius, other.model) == (224, .02, "ViT-B-32-quickgelu")
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])    # OpenAI's, as in the release
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    torch.testing.assert_close(other.prepared(torch.ones(1, 1, 1))[0, :, 0, 0], (1 - mean) / std)
+    assert other.encode([c2p.PROMPT.format("zebra")]).shape == (1, 512)
+    with pytest.raises(InputError, match="has no text tower, and CLIP2Point names by prompts"):
+        c2p.load_clip("timm:test_vit=random", 0, "cpu")
+
+
+def test_a_clip_of_a_file_has_the_file_s_patch_embedding(nano, tmp_path):
+    model, _ = c2p.common.open_clip_model("ViT-B-32-quickgelu", seed=5)
+    torch.save(model.state_dict(), tmp_path / "weights.bin")
+    clip = c2p.load_clip(f"ViT-B-32-quickgelu={tmp_path / 'weights.bin'}", 0, "cpu")
+    for name, weight in model.visual.state_dict().items():
+        assert torch.equal(clip.visual.state_dict()[name], weight), name
+
+
+def test_shuffled_and_random_towers_are_others(nano):
+    found = [c2p.load_clip(name, 0, "cpu").sha256 for name in (nano, f"{nano}=shuffled", nano)]
+    assert found[0] == found[2] != found[1]
+
+
+def test_unknown_words_are_refused_with_the_nearest_known_ones(nano):
+    clip = c2p.load_clip(nano, 0, "cpu")
+    assert c2p.text_features(clip, ["chair", "night stand"]).shape == (2, 64)
+    with pytest.raises(InputError, match=r"not 'chairs' \(near it: chair, .*'lorry' \(near it"):
+        c2p.text_features(clip, ["chairs", "table", "lorry"])
+
+
+def test_the_authors_tower_is_taken_by_its_names_or_refused_in_one_line(nano, tmp_path):
+    clip = c2p.load_clip(nano, 0, "cpu")
+    released = {f"module.point_model.{name}": w + 1 if w.is_floating_point() else w
+                for name, w in clip.visual.state_dict().items()}
+    released.update({"module.weights": torch.ones(()), "module.image_model.proj": torch.ones(2)})
+    torch.save(released, tmp_path / "best_test.pth")
+    tower = c2p.tower_of(clip, None, tmp_path / "best_test.pth")
+    for name, weight in clip.visual.state_dict().items():
+        if weight.is_floating_point():
+            assert torch.equal(tower.state_dict()[name], weight + 1)
+    del released["module.point_model.proj"]
+    torch.save(released, tmp_path / "cut.pth")
+    with pytest.raises(InputError, match=r"cut.pth: its weights point_model.* do not fit the image "
+                                         "tower of nano: 1 tensors differ, proj missing"):
+        c2p.tower_of(clip, None, tmp_path / "cut.pth")
+
+
+def test_the_shipped_tower_is_checked_and_belongs_to_its_nano(nano, tmp_path, monkeypatch):
+    clip = c2p.load_clip(nano, 0, "cpu")._replace(name="nano")
+    path = tmp_path / "depth.safetensors"
+    monkeypatch.setattr(nanoclip, "DEPTH_FILE", path)
+    with pytest.raises(InputError, match="is missing; restore it, or make one"):
+        c2p.tower_of(clip, None, None)
+    tower = c2p.copy.deepcopy(clip.visual)
+    with torch.no_grad():
+        tower.proj += .5
+    nanoclip.save_depth(path, tower, clip.sha256)
+    with pytest.raises(InputError, match="is not the file of this repository"):
+        c2p.tower_of(clip, None, None)
+    sha256 = c2p.nanoclip.hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(nanoclip, "DEPTH_SHA256", sha256)
+    loaded = c2p.tower_of(clip, None, None)
+    torch.testing.assert_close(loaded.proj, tower.proj, atol=2e-3, rtol=2e-3)      # fp16
+    with pytest.raises(InputError, match="was taught by another nano-CLIP"):
+        c2p.tower_of(clip._replace(sha256="0" * 64), None, None)
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+def shrink(monkeypatch, folder, nano):
+    """The built-in run in seconds, in an empty folder. -> the words for it"""
+    recipe = c2p.RECIPES["synthetic"]._replace(objects=1, pictures=2, batch_size=20, epochs=2,
+                                               points=256, adapter=2)
+    for name in c2p.RECIPES:
+        monkeypatch.setitem(c2p.RECIPES, name, recipe)
+    monkeypatch.setattr(c2p, "HELD_OUT", (1, 303))
+    monkeypatch.setattr(c2p, "SCANS", ((2, 1), (1, 2)))
+    prepared = c2p.prepared_folder
+    monkeypatch.setattr(c2p, "prepared_folder", lambda place, name: prepared(folder, name))
+    monkeypatch.chdir(folder)
+    return ["--clip", nano, *CPU]
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, nano):
+    return shrink(monkeypatch, tmp_path, nano)
+
+
+@pytest.fixture(scope="module")
+def finished(nano, tmp_path_factory):
+    """A run of two epochs, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("runs"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        c2p.main([*shrink(patch, folder, nano), "--out", str(folder / "whole")])
+    return folder / "whole", printed.getvalue()
+
+
+def test_a_run_prints_its_table_and_a_stopped_and_resumed_one_ends_the_same(
+        small, finished, capsys):
+    run, printed = finished
+    assert "40 objects with 2 pictures each; 40 held-out objects, 40 scanned clouds" in printed
+    for words in ("chance  ", "CLIP's image tower  ", "depth tower  ", "control: pictures of other",
+                  "with 2 shots, dual-path adapter", "left out chair, monitor, table, vase",
+                  "result   scanned clouds, zero-shot: "):
+        assert words in printed
+    results = json.loads((run / "results.json").read_text())
+    assert {"accuracy", "before", "adapter", "mispaired"} <= results["metrics"].keys()
+    assert all(0 <= x <= 1 for x in results["metrics"].values())
+    assert Image.open(run / "look.png").width > 400
+
+    step, calls = c2p.train_step, []
+
+    def stopping(*args):
+        calls.append(0)
+        args[5].stopper.asked = len(calls) == 3         # in the first step of epoch 2
+        return step(*args)
+    c2p.train_step = stopping
+    try:
+        with pytest.raises(SystemExit) as ended:
+            c2p.main([*small, "--out", "parts"])
+    finally:
+        c2p.train_step = step
+    assert ended.value.code == 130
+    c2p.main(["--resume", "parts", *CPU])
+    whole, parts = (torch.load(f"{x}/last.pt", weights_only=True) for x in (run, "parts"))
+    assert whole["model"].keys() == parts["model"].keys()
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, parts["model"][name]), name
+    assert whole["at"]["best"] == parts["at"]["best"]
+    capsys.readouterr()
+    c2p.main(["--eval", str(run), *CPU])
+    again = capsys.readouterr().out
+    table = printed[printed.index("accuracy in"):printed.index("result")]
+    assert table in again                               # the same numbers, from what was saved
+
+    # the three towers learned from one start, by other pictures or without four classes
+    towers = {name: {k: w for k, w in whole["model"].items() if k.startswith(f"towers.{name}.")}
+              for name in ("depth", "mispaired", "left out")}
+    projections = [next(w for k, w in tower.items() if k.endswith(".proj"))
+                   for tower in towers.values()]
+    assert not any(torch.equal(a, b) for a, b in zip(projections, projections[1:]))
+
+
+def test_a_run_s_tower_names_files_and_says_which_axis_points_up(small, finished, capsys):
+    rng = np.random.default_rng(0)
+    np.save("own.npy", sample_surface(*make_object("chair", rng), 700, rng))
+    words = ["--eval", str(finished[0]), "--out", "seen", "--predict", "own.npy", "--classes", "chair, table", *CPU]
+    c2p.main(words)
+    printed = capsys.readouterr().out
+    assert printed.startswith("own.npy:   ") and "chair" in printed and "table" in printed
+    assert Path("seen/look.png").is_file()
+    with pytest.MonkeyPatch.context() as patch:         # whatever the other axis gives is better
+        patch.setattr(c2p, "CLEARLY", -2)
+        c2p.main(words)
+        assert "own.npy: with --up y it would be " in capsys.readouterr().out
+        c2p.main([*words, "--up", "y"])
+        assert "own.npy: with --up z it would be " in capsys.readouterr().out
+
+
+def test_the_test_clouds_of_a_data_set_are_named_with_and_without_shots(small, finished, tmp_path,
+                                                                        capsys):
+    for name in ("Cone", "Tv_stand", "Unheard"):
+        for part in ("train", "test"):
+            (tmp_path / "own" / part / name).mkdir(parents=True)
+            for i in range(3):
+                rng = np.random.default_rng(i)
+                kind = name.lower() if name != "Unheard" else "sink"
+                np.save(tmp_path / "own" / part / name / f"{i}.npy",
+                        sample_surface(*make_object(kind, rng), 600, rng))
+    capsys.readouterr()
+    words = ["--zero-shot", "folder", "--root", "own", *CPU]
+    c2p.main([*words, "--eval", str(finished[0]), "--shots", "2"])
+    printed = capsys.readouterr().out
+    assert "6 folder's test clouds, 2 classes, 256 points; z is up; files under own" in printed
+    assert "does not know Unheard" in printed and "with 2 shots, dual-path adapter" in printed
+    c2p.main([*words, *small[:2]])                      # the baseline: no depth tower
+    printed = capsys.readouterr().out
+    assert "CLIP's image tower" in printed and "depth tower" not in printed
+    assert "dual-path" not in printed
+
+
+def test_the_shots_are_drawn_of_each_class_and_0_is_all():
+    xyz, label = torch.arange(10.).view(10, 1, 1), torch.tensor([0, 1] * 5)
+    some = c2p.draw_shots(xyz, label, 2, 0)
+    assert some[1].tolist() == [0, 0, 1, 1] and (some[0].flatten() % 2 == some[1]).all()
+    assert len(c2p.draw_shots(xyz, label, 0, 0)[1]) == 10
+    assert not torch.equal(c2p.draw_shots(xyz, label, 2, 1)[0], some[0])
+
+
+def write_off(path, name, seed):
+    vertices, faces = make_object(name, np.random.default_rng(seed))
+    rows = [" ".join(map(str, row)) for row in vertices.tolist()]
+    rows += [f"3 {a} {b} {c}" for a, b, c in faces.tolist()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["OFF", f"{len(vertices)} {len(faces)} 0", *rows]))
+
+
+def test_anybodys_meshes_can_be_pre_trained_on(small, tmp_path, capsys):
+    for name in ("cone", "stairs"):
+        for part, n in (("train", 10), ("test", 2)):
+            for i in range(n):
+                write_off(tmp_path / f"meshes/{part}/{name}/{i}.off", name, i + n)
+    words = ["--data", "folder", "--root", "meshes", *small, "--epochs", "1"]
+    c2p.main(words)
+    printed = capsys.readouterr().out
+    assert "20 objects with 2 pictures each; 4 folder's test clouds to test; 2 classes" in printed
+    assert "result   folder's test clouds, zero-shot: " in printed and "control" not in printed
+    np.save("meshes/train/cone/x.npy", np.random.default_rng(0).normal(size=(300, 3)))
+    with pytest.raises(InputError, match="x.npy: is a cloud, and pictures are drawn of meshes"):
+        c2p.main(words)
+
+
+def test_shapenet_is_pre_trained_on_with_the_authors_pictures(small, tmp_path, capsys):
+    from test_shapenet import publish
+    publish(tmp_path / "ShapeNet55")
+    words = ["--data", "shapenet", "--root", "ShapeNet55", *small, "--epochs", "1"]
+    c2p.main([*words, "--batch-size", "2"])
+    printed = capsys.readouterr().out
+    assert "shapenet: 2 objects with 10 pictures each; none to test; 55 classes" in printed
+    assert "no test by name" in printed and "does not know trash bin" in printed
+    assert json.loads(next(Path("runs").glob("*/results.json")).read_text())["metrics"] == {}
+    with pytest.raises(InputError, match="--batch-size 20: there are 2 objects"):
+        c2p.main(words)
+    next(tmp_path.glob("ShapeNet55/rendering/*/3.png")).unlink()
+    with pytest.raises(InputError, match="3.png: missing, and"):
+        c2p.main(words)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--predict", "a.obj"], "--predict FILE needs words"),
+    (["--classes", "chair"], "--predict FILE needs words"),
+    (["--predict", "a.obj", "--classes", "chair,"], "has an empty word; write"),
+    (["--shots", "4"], "--shots needs clouds with labels: add --zero-shot"),
+    (["--zero-shot", "folder", "--predict", "a.obj", "--classes", "chair"], "give one of them"),
+    (["--zero-shot", "folder", "--data", "folder"], "pre-train nothing"),
+    (["--init-official", "x.pth"], "gives the depth tower of --zero-shot or --predict"),
+    (["--temperature", "0"], "--temperature 0.0 must be above 0"),
+    (["--predict", "none.obj", "--classes", "chair"], "none.obj: No such file"),
+    (["--predict", "none.xyzzy", "--classes", "chair"], "not a format this script reads"),
+    (["--zero-shot", "modelnet40", "--root", "nowhere"], "nowhere"),
+])
+def test_what_cannot_be_done_is_one_line(small, words, said):
+    with pytest.raises(InputError, match=said) as caught:
+        c2p.main([*words, *small])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_controls_change_what_they_say(nano):
+    clip = c2p.load_clip(nano, 0, "cpu")
+    points = c2p.objects.unit_sphere(torch.randn(4, 300, 3, generator=torch.Generator()))
+    cfg = {"views": None, "average": False}
+    setup = Setup("cpu", "fp32")
+    f, = c2p.features_of([clip.visual], clip, points, cfg, setup, most=12)
+    assert f.shape == (4, 6, 64)                        # nano's six oblique views
+    for change, views in (({"average": True}, 6), ({"views": "axis1"}, 1),
+                          ({"views": "axis10"}, 10), ({"views": "oblique3"}, 3)):
+        g, = c2p.features_of([clip.visual], clip, points, {**cfg, **change}, setup)
+        assert g.shape == (4, views, 64)
+        same = torch.allclose(g[:, 0], f[:, 0], atol=1e-5)
+        assert same == (views == 3)                     # both begin at elevation 25, azimuth 0
+    assert c2p.views_for(clip._replace(model="ViT-B-32"), cfg) == "axis6"
+    assert c2p.views_for(clip._replace(model="ViT-B-32"), cfg, few=True) == "axis10"
+
+
+def test_a_few_objects_and_their_pictures_are_learned(small, nano):
+    cfg = c2p.settings(c2p.flags(["--clip", nano, "--seed", "1"]))[1]
+    setup, clip = Setup("cpu", "fp32"), c2p.load_clip(nano, 0, "cpu")
+    data, _, classes, _ = c2p.load_pairs({**cfg, "workers": 1}, clip, setup)
+    cfg["classes"] = list(classes)
+    run = c2p.Run("clip2point", cfg, setup)
+    run.begin(0)
+    model = c2p.DepthTowers(clip.visual, ["depth"]).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    # an untrained tower finds all pictures alike: features that can be told apart, instead
+    data = data._replace(image=torch.randn(data.image.shape, generator=run.draw))
+    rows = torch.arange(16)
+    sums = torch.stack([c2p.train_step(model, optimizer, data, rows, clip, run, rows)
+                        for _ in range(40)])
+    cross = sums[:, 0] / sums[:, 2]
+    assert cross[-10:].mean() < .6 * cross[:3].mean()

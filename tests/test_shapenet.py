@@ -14,8 +14,12 @@ TEST = ["04554684-77"]
 
 @pytest.fixture
 def root(tmp_path):
+    publish(tmp_path / "ShapeNet55")
+    return tmp_path / "ShapeNet55"
+
+
+def publish(root):
     """Four models to train on, two of which the authors leave out, and one to test on."""
-    root = tmp_path / "ShapeNet55"
     (root / "ShapeNet-55").mkdir(parents=True)
     (root / "shapenet_pc").mkdir()
     for part, names in (("train", TRAIN), ("test", TEST)):
@@ -28,7 +32,6 @@ def root(tmp_path):
         (root / "rendering" / name).mkdir(parents=True)
         for view in range(10):
             Image.new("RGB", (8, 8), (20 * view, 0, 9)).save(root / f"rendering/{name}/{view}.png")
-    return root
 
 
 def test_models_come_with_their_pictures_in_the_order_of_the_views(root):
