@@ -439,6 +439,7 @@ def nt_xent(a, b, temperature):
     return F.cross_entropy(logits, torch.arange(len(both), device=a.device).roll(len(a)))
 
 
+@record_function("loss")
 def pair_loss(depth, image, balance, recipe, kind):
     """depth (B, 2, E) of two distances, image (B, E) -> what is minimised, cross, intra.
 
@@ -681,7 +682,7 @@ def draw_shots(xyz, label, shots, seed):
 # ---- Main ----------------------------------------------------------------------------------------
 def main(argv=None):
     args = flags(argv)
-    ask, cfg, saved, folder = settings(args)
+    cfg, saved, folder, ask = settings(args)
     if world_size() > 1:
         raise InputError("train_clip2point.py: a batch is contrasted as a whole; run it without "
                          "torchrun")
@@ -938,7 +939,7 @@ ASKED = "zero_shot", "shots", "predict", "classes", "official", "up", "root", "o
 
 
 def settings(args):
-    """-> what is asked of a finished tower, config, checkpoint or None, run folder or None."""
+    """-> config, checkpoint or None, run folder or None; what is asked of a finished tower."""
     ask = Namespace(**{name: getattr(args, name) for name in ASKED})
     ask.out = ask.out or str(Path(args.eval or ".") / "predicted")
     looks = bool(ask.zero_shot or ask.predict)
@@ -961,13 +962,13 @@ def settings(args):
         setattr(args, name, None)
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "clip2point")
-        return ask, {**cfg, **{k: x for k, x in own.items() if x and args.eval}}, saved, folder
+        return {**cfg, **{k: x for k, x in own.items() if x and args.eval}}, saved, folder, ask
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     if not 0 < recipe.temperature < math.inf:
         raise InputError(f"--temperature {recipe.temperature} must be above 0, and a number")
     cfg = shared_settings(args, recipe, synthetic_clip="nano")
-    return ask, {**cfg, **own, "loss": args.loss or "both", "from_scratch": args.from_scratch,
-                 "up": args.up or "z"}, None, None
+    cfg.update(own, loss=args.loss or "both", from_scratch=args.from_scratch, up=args.up or "z")
+    return cfg, None, None, ask
 
 
 if __name__ == "__main__":

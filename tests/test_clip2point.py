@@ -511,7 +511,7 @@ def test_the_controls_change_what_they_say(nano):
 
 
 def test_a_few_objects_and_their_pictures_are_learned(small, nano):
-    cfg = c2p.settings(c2p.flags(["--clip", nano, "--seed", "1"]))[1]
+    cfg = c2p.settings(c2p.flags(["--clip", nano, "--seed", "1"]))[0]
     setup, clip = Setup("cpu", "fp32"), c2p.load_clip(nano, 0, "cpu")
     data, _, classes, _ = c2p.load_pairs({**cfg, "workers": 1}, clip, setup)
     cfg["classes"] = list(classes)
