@@ -34,6 +34,7 @@ import common
 import nanoclip
 import render
 from data import objects
+from data.files import columns, read_boxes, read_ply
 from data.meshes import sample_surface
 from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
 from kernels import farthest_point_sample, splat
@@ -546,6 +547,27 @@ def evaluate(towers, tests, clip, text, cfg, setup):
     return found
 
 
+def average_precision(found, true, least=0.25):
+    """Of one class, as VoteNet's and train_det.py's: the area under the monotone precision.
+
+    found: (scene, box (6,), score) of each detection; true: {scene: boxes (k, 6)}. A detection is
+    right if the true box it overlaps most has an IoU above `least` and was not found before.
+    """
+    right, taken = [], set()
+    for scene, box, _ in sorted(found, key=lambda one: -one[2]):
+        low = np.maximum(box[:3] - box[3:] / 2, true[scene][:, :3] - true[scene][:, 3:] / 2)
+        high = np.minimum(box[:3] + box[3:] / 2, true[scene][:, :3] + true[scene][:, 3:] / 2)
+        both = (high - low).clip(0).prod(1)                             # (k,)
+        iou = both / (box[3:].prod() + true[scene][:, 3:].prod(1) - both).clip(1e-8)
+        mine = (scene, int(iou.argmax())) if len(iou) else None
+        right.append(mine is not None and iou.max() > least and mine not in taken)
+        if right[-1]:
+            taken.add(mine)
+    hits, count = np.cumsum(right), sum(map(len, true.values()))
+    precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
+    return float(np.sum(np.diff(hits / count, prepend=0) * precision))
+
+
 # ---- Train ---------------------------------------------------------------------------------------
 def train(model, data, tests, clip, text, run):
     cfg, setup = run.cfg, run.setup
@@ -689,8 +711,9 @@ def main(argv=None):
     setup = Setup(args.device, cfg["precision"])
     clip = load_clip(cfg["clip"], cfg["seed"], setup.device)
     check_frozen(cfg, saved, clip)
-    if ask.predict:
-        return predict(ask, clip, tower_of(clip, saved, ask.official), cfg, setup)
+    if ask.predict or ask.detections:
+        work = predict if ask.predict else name_boxes
+        return work(ask, clip, tower_of(clip, saved, ask.official), cfg, setup)
     run = Run("clip2point", cfg, setup, saved)
     if not args.eval and not ask.zero_shot:
         run.open(__file__, folder or args.out)
@@ -881,9 +904,7 @@ CLEARLY = 0.05              # a mean cosine so much higher is clearly higher
 
 def predict(ask, clip, tower, cfg, setup):
     """Name anybody's meshes or clouds among anybody's words, and draw what was looked at."""
-    names = [name.strip() for name in ask.classes.split(",")]
-    if "" in names:
-        raise InputError(f'--classes "{ask.classes}": has an empty word; write "chair, table"')
+    names = words_of(ask.classes)
     text, points, up = text_features(clip, names), cfg["recipe"]["points"], ask.up or "z"
     other, cells = {"z": "y", "y": "z"}[up], []
     for file in ask.predict:
@@ -908,6 +929,73 @@ def predict(ask, clip, tower, cfg, setup):
     print(f"look: {look}")
 
 
+def name_boxes(ask, clip, tower, cfg, setup):
+    """--detections: give the boxes that train_det.py exported, with their clouds, anybody's words.
+
+    Each box is cut out, drawn and named. With --root, where NAME.json is of the true boxes, prints
+    mAP@0.25. Writes NAME.json, scores multiplied by the share of the name.
+    """
+    names, folder = words_of(ask.classes), Path(ask.detections)
+    folder = folder / "predicted" if (folder / "predicted").is_dir() else folder
+    files = sorted(path for path in folder.glob("*.json") if path.with_suffix(".ply").is_file())
+    if not files:
+        raise InputError(f"--detections {folder}: no NAME.json with NAME.ply, as train_det.py "
+                         "--export or --predict writes them")
+    text, points, found, true = text_features(clip, names), cfg["recipe"]["points"], [], {}
+    out = Path(ask.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        _, boxes = read_boxes(path)                                     # (k, 6)
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        vertices, polygons = read_ply(path.with_suffix(".ply").read_bytes())
+        xyz = columns(vertices, "x", "y", "z", kind=np.float64)
+        xyz = np.delete(xyz, [] if polygons is None else np.unique(polygons), 0)    # edges of boxes
+        empty = 0
+        for entry, box in zip(listed, boxes):
+            inside = xyz[(np.abs(xyz - box[:3]) <= box[3:] / 2).all(1)]
+            if len(inside) < 16:
+                empty += 1
+                continue
+            cloud = torch.from_numpy(inside.astype(np.float32))[None]
+            cloud = objects.unit_sphere(farthest(cloud, min(points, len(inside))))
+            f, = features_of([tower], clip, y_up(cloud, ask.up or "z"), cfg, setup)
+            share = (clip.scale * zero_shot(f, text)[0] / f.shape[1]).softmax(0)
+            entry["class"] = names[share.argmax()]
+            entry["score"] = float(share.max()) * entry.get("score", 1.0)
+            found.append((path.stem, box, entry["score"], entry["class"]))
+        (out / path.name).write_text(json.dumps(listed, indent=1), encoding="utf-8")
+        kinds = [kind for scene, _, _, kind in found if scene == path.stem]
+        print(f"{path.stem}: " + (", ".join(f"{kinds.count(n)} {n}" for n in names if n in kinds)
+                                  or "no box") + f"; {empty} of fewer than 16 points left out"
+              * bool(empty))
+        if ask.root:
+            places = [Path(ask.root) / part / path.name for part in ("", "val", "test")]
+            truth = next((place for place in places if place.is_file()), None)
+            if truth is None:
+                raise InputError(f"--root {ask.root}: has no {path.name}, val/{path.name} or "
+                                 f"test/{path.name} with the true boxes; leave --root out")
+            true[path.stem] = read_boxes(truth)
+    if ask.root:
+        aps = []
+        for name in names:
+            mine = {scene: boxes[[kind.replace("_", " ") == name for kind in kinds]]
+                    for scene, (kinds, boxes) in true.items()}
+            if sum(map(len, mine.values())):
+                aps.append(average_precision([f[:3] for f in found if f[3] == name], mine))
+                print(f"{name:16s}{sum(map(len, mine.values())):6d} boxes, AP@0.25 "
+                      f"{100 * aps[-1]:5.1f}")
+        print(f"result   mAP@0.25 {100 * sum(aps) / max(len(aps), 1):.2f} % over {len(aps)} classes "
+              f"that occur; {clip.name}")
+    print(f"boxes: {out}")
+
+
+def words_of(classes):
+    names = [name.strip() for name in classes.split(",")]
+    if "" in names:
+        raise InputError(f'--classes "{classes}": has an empty word; write "chair, table"')
+    return names
+
+
 def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser)
@@ -929,35 +1017,37 @@ def flags(argv):
     flag("--shots", type=whole(0), metavar="K", help="with --zero-shot: train the dual-path "
          "adapter on K clouds of each class, too; 0: on all")
     flag("--predict", nargs="+", metavar="FILE", help="name meshes or clouds, without training")
-    flag("--classes", metavar="WORDS", help='with --predict: "chair, table, lamp"')
+    flag("--detections", metavar="DIR", help="name the boxes that train_det.py exported there, or "
+         "a run of it; with --root, the folder of the true boxes, print mAP@0.25")
+    flag("--classes", metavar="WORDS", help='with --predict, --detections: "chair, table, lamp"')
     flag("--init-official", metavar="FILE", dest="official",
          help="with --zero-shot or --predict and --clip openai: the authors' depth tower")
     return parser.parse_args(argv)
 
 
-ASKED = "zero_shot", "shots", "predict", "classes", "official", "up", "root", "out"
+ASKED = "zero_shot", "shots", "predict", "detections", "classes", "official", "up", "root", "out"
 
 
 def settings(args):
     """-> config, checkpoint or None, run folder or None; what is asked of a finished tower."""
     ask = Namespace(**{name: getattr(args, name) for name in ASKED})
     ask.out = ask.out or str(Path(args.eval or ".") / "predicted")
-    looks = bool(ask.zero_shot or ask.predict)
+    given = [name for name in ("zero_shot", "predict", "detections") if getattr(ask, name)]
+    looks, reads_words = bool(given), bool(ask.predict or ask.detections)
     for wrong, line in (
-            (ask.zero_shot and ask.predict, "--zero-shot names a data set, --predict files; give "
-                                            "one of them"),
-            (looks and (args.data or args.resume), "--zero-shot and --predict pre-train nothing; "
-                                                   "leave --data and --resume out"),
-            (bool(ask.predict) != bool(ask.classes), "--predict FILE needs words to choose from, "
-                                                     'and they it: --classes "chair, table"'),
+            (len(given) > 1, "--zero-shot, --predict and --detections: give one of them"),
+            (looks and (args.data or args.resume), "--zero-shot, --predict and --detections "
+             "pre-train nothing; leave --data and --resume out"),
+            (reads_words != bool(ask.classes), "--predict and --detections need words to choose "
+             'from, and words need one of them: --classes "chair, table"'),
             (ask.shots is not None and not ask.zero_shot, "--shots needs clouds with labels: add "
-                                                          "--zero-shot modelnet40 --root DIR"),
+             "--zero-shot modelnet40 --root DIR"),
             (ask.official and (not looks or args.eval), "--init-official gives the depth tower of "
-                                                        "--zero-shot or --predict")):
+             "--zero-shot, --predict or --detections")):
         if wrong:
             raise InputError(line)
     own = {"views": args.views, "average": args.average}
-    later = [*ASKED[:5], *ASKED[5:] * looks, *["views", "average"] * bool(args.eval)]
+    later = [*ASKED[:6], *ASKED[6:] * looks, *["views", "average"] * bool(args.eval)]
     for name in later:                      # they change nothing of what was trained
         setattr(args, name, None)
     if args.resume or args.eval:

@@ -13,6 +13,7 @@ from PIL import Image
 import nanoclip
 import train_clip
 import train_clip2point as c2p
+import train_det
 from data.meshes import sample_surface
 from data.synthetic_objects import make_object
 from run import InputError, Setup
@@ -474,9 +475,65 @@ def test_shapenet_is_pre_trained_on_with_the_authors_pictures(small, tmp_path, c
         c2p.main(words)
 
 
+def test_average_precision_is_train_det_s():
+    rng = np.random.default_rng(0)
+    found, true, flat = [], {}, []
+    for scene in "abc":
+        true[scene] = np.concatenate([rng.uniform(0, 3, (4, 3)), rng.uniform(1, 2, (4, 3))], 1)
+        near = true[scene][rng.integers(4, size=9)] + rng.normal(0, .25, (9, 6))
+        near[:, 3:] = np.abs(near[:, 3:]) + .1
+        scores = rng.random(9)
+        found += [(scene, box, score) for box, score in zip(near, scores)]
+        flat.append(train_det.Detections(near, scores[:, None]))
+    truth = [(boxes, np.zeros(4, int)) for boxes in true.values()]
+    wanted = train_det.evaluate_boxes(flat, truth)[.25][0][0]
+    assert .2 < wanted < .95
+    assert c2p.average_precision(found, true) == pytest.approx(wanted, abs=1e-12)
+    assert c2p.average_precision([], true) == 0
+    assert c2p.average_precision(found, {**true, "b": true["b"][:0]}) < wanted
+
+
+def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    chair, table = (sample_surface(*make_object(name, rng), 400, rng) for name in ("chair",
+                                                                                   "table"))
+    xyz = torch.from_numpy(np.concatenate([chair, table + [4, 0, 0]]).astype(np.float32))
+    boxes = np.array([[*((x.min(0) + x.max(0)) / 2 + [shift, 0, 0]), *(np.ptp(x, 0) + .02)]
+                      for x, shift in ((chair, 0), (table, 4))] + [[9, 9, 9, 1, 1, 1]])
+    scene = train_det.Scene("room", xyz, torch.from_numpy(boxes[:2]), torch.tensor([0, 1]))
+    found = train_det.Detections(boxes, np.eye(3)[:, :2] * .8 + .1)
+    train_det.export("out", [scene], [found._replace(scores=np.full((3, 2), .9))], ["a", "b"])
+    (tmp_path / "truth/val").mkdir(parents=True)
+    Path("truth/val/room.json").write_text(json.dumps(
+        [{"class": name, "center": box[:3].tolist(), "size": box[3:].tolist()}
+         for name, box in zip(("chair", "table"), boxes)]))
+    seen, named = [], c2p.features_of
+
+    def looked(towers, clip, cloud, cfg, setup):        # the chair is given the first word's text
+        seen.append(cloud)
+        k = 0 if len(seen) == 1 else 1
+        return [c2p.text_features(clip, ["chair", "table"])[None, k:k + 1]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c2p, "features_of", looked)
+        c2p.main(["--eval", str(finished[0]), "--detections", "out", "--classes", "chair, table",
+                  "--root", "truth", "--out", "named", *CPU])
+    printed = capsys.readouterr().out
+    assert "room: 1 chair, 1 table; 1 of fewer than 16 points left out" in printed
+    assert "result   mAP@0.25 100.00 % over 2 classes" in printed
+    assert [len(cloud[0]) for cloud in seen] == [256, 256]      # no corner of a drawn box in it
+    wanted = c2p.y_up(c2p.objects.unit_sphere(c2p.farthest(torch.from_numpy(chair)[None], 256)))
+    torch.testing.assert_close(seen[0], wanted, atol=1e-4, rtol=0)
+    listed = json.loads(Path("named/room.json").read_text())
+    assert [entry["class"] for entry in listed] == ["chair", "table", "a"]
+    c2p.main(["--eval", str(finished[0]), "--detections", "out", "--classes", "chair, table",
+              "--out", "named", *CPU])                  # and with the real tower
+    assert "room: " in capsys.readouterr().out and named is c2p.features_of
+
+
 @pytest.mark.parametrize("words, said", [
-    (["--predict", "a.obj"], "--predict FILE needs words"),
-    (["--classes", "chair"], "--predict FILE needs words"),
+    (["--predict", "a.obj"], "--predict and --detections need words"),
+    (["--classes", "chair"], "--predict and --detections need words"),
+    (["--detections", "none", "--classes", "chair"], "none: no NAME.json with NAME.ply"),
     (["--predict", "a.obj", "--classes", "chair,"], "has an empty word; write"),
     (["--shots", "4"], "--shots needs clouds with labels: add --zero-shot"),
     (["--zero-shot", "folder", "--predict", "a.obj", "--classes", "chair"], "give one of them"),
