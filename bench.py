@@ -417,8 +417,9 @@ def training(task, device, batch, clip, precision):
                                                device=setup.device))
         model = script.DepthTowers(clip.visual, ["depth"]).to(setup.device)
         optimizer = script.optimizer_of(model, recipe._replace(lr=1e-6))
-        return (lambda: script.train_step(model, optimizer, data, rows, clip, run, rows), model, run,
-                recipe.batch_size, f"{recipe.points:,} points, 2 maps of {clip.size} x {clip.size}")
+        what = f"{recipe.points:,} points, 2 maps of {clip.size} x {clip.size}"
+        return (lambda: script.train_step(model, optimizer, data, rows, clip, run, rows),
+                model, run, recipe.batch_size, what)
     if task == "fewshot":
         model = script.Encoders(cfg, cfg["classes"], setup).classifier("frozen", 5, [0])
     else:
@@ -563,8 +564,8 @@ def train(task, device, batch, clip, precision, repeat):
     print(f"step     {median:.1f} ms (spread {100 * line['spread']:.0f} %), "
           f"{line['samples_per_second']:.2f} samples a second, {line['epoch_seconds']:.1f} s for "
           f"{EPOCH[task]:,} samples{memory}")
-    print(f"{forward.split()[0]:8s} {line['frozen_tflops']:.2f} TFLOP/s forward; a matrix product reaches "
-          f"{line['product_tflops']:.2f}")
+    print(f"{forward.split()[0]:8s} {line['frozen_tflops']:.2f} TFLOP/s forward; a matrix product "
+          f"reaches {line['product_tflops']:.2f}")
     shares = sorted(line["parts"].items(), key=lambda item: -item[1])
     print("parts    " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares))
 

@@ -1,5 +1,7 @@
-"""train_clip2point.py: depth maps against a slow rasteriser, losses, adapter, runs, messages."""
+"""clip2point.py, train_clip2point.py: depth maps as a slow rasteriser's, losses, runs, messages."""
 import contextlib
+import copy
+import hashlib
 import io
 import json
 import math
@@ -10,11 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+import clip2point
+import common
 import nanoclip
 import train_clip
 import train_clip2point as c2p
 import train_det
 from data.meshes import sample_surface
+from data.objects import unit_sphere
 from data.synthetic_objects import make_object
 from run import InputError, Setup
 
@@ -53,7 +58,7 @@ def test_depth_maps_are_those_of_a_slow_rasteriser(average):
     rng = np.random.default_rng(0)
     clouds = rng.normal(size=(2, 60, 3))
     clouds[1] = np.round(clouds[1] * 2) / 2             # a lattice: many points at one depth
-    clouds = c2p.objects.unit_sphere(torch.from_numpy(clouds).float())
+    clouds = unit_sphere(torch.from_numpy(clouds).float())
     views = torch.tensor([(1, 0, 0), (.93, 25, 60), (1.1, -20, 200), (1, 225, -45), (1, 180, 0)])
     maps = c2p.depth_maps(clouds, views, 24, .11, average)
     assert maps.shape == (2, 5, 24, 24) and maps.dtype == torch.float32
@@ -123,7 +128,7 @@ def test_cameras_of_the_released_views_worked_by_hand(elevation, azimuth, right,
 def test_a_chair_shows_its_front_in_view_0_and_its_back_in_the_third():
     rng = np.random.default_rng(3)
     xyz = sample_surface(*make_object("chair", rng), 2048, rng)     # its front faces +x, z is up
-    points = c2p.objects.unit_sphere(c2p.y_up(torch.from_numpy(xyz)))[None]
+    points = unit_sphere(c2p.y_up(torch.from_numpy(xyz)))[None]
     views = torch.tensor([(1., 0, 0), (1, 0, 180), (1, 0, 90)])
     front, back, side = c2p.depth_maps(points, views, 64, .06)[0]
     upper = slice(0, 28), slice(20, 44)                 # the backrest: far from the front
@@ -135,7 +140,7 @@ def test_a_chair_shows_its_front_in_view_0_and_its_back_in_the_third():
 
 
 def test_each_cloud_may_have_views_of_its_own():
-    points = c2p.objects.unit_sphere(torch.randn(3, 50, 3, generator=torch.Generator()))
+    points = unit_sphere(torch.randn(3, 50, 3, generator=torch.Generator()))
     views = torch.tensor([[(1., 0, 10), (1.1, 30, 20)], [(.9, 5, 5), (1, 0, 0)],
                           [(1., 90, 0), (1, 1, 1)]])
     maps = c2p.depth_maps(points, views, 20, .1)
@@ -144,7 +149,7 @@ def test_each_cloud_may_have_views_of_its_own():
 
 
 def test_depth_maps_follow_the_cloud_not_the_order_of_its_points():
-    points = c2p.objects.unit_sphere(torch.randn(1, 80, 3))
+    points = unit_sphere(torch.randn(1, 80, 3))
     views = torch.tensor([[1.0, 25, 60]])
     assert torch.equal(c2p.depth_maps(points, views, 32, .1),
                        c2p.depth_maps(points[:, torch.randperm(80)], views, 32, .1))
@@ -252,13 +257,13 @@ def test_clip_is_loaded_whole_and_prepares_pictures_as_it_wants_them(nano):
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])    # OpenAI's, as in the release
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
     torch.testing.assert_close(other.prepared(torch.ones(1, 1, 1))[0, :, 0, 0], (1 - mean) / std)
-    assert other.encode([c2p.PROMPT.format("zebra")]).shape == (1, 512)
+    assert other.encode([clip2point.PROMPT.format("zebra")]).shape == (1, 512)
     with pytest.raises(InputError, match="has no text tower, and CLIP2Point names by prompts"):
         c2p.load_clip("timm:test_vit=random", 0, "cpu")
 
 
 def test_a_clip_of_a_file_has_the_file_s_patch_embedding(nano, tmp_path):
-    model, _ = c2p.common.open_clip_model("ViT-B-32-quickgelu", seed=5)
+    model, _ = common.open_clip_model("ViT-B-32-quickgelu", seed=5)
     torch.save(model.state_dict(), tmp_path / "weights.bin")
     clip = c2p.load_clip(f"ViT-B-32-quickgelu={tmp_path / 'weights.bin'}", 0, "cpu")
     for name, weight in model.visual.state_dict().items():
@@ -300,13 +305,13 @@ def test_the_shipped_tower_is_checked_and_belongs_to_its_nano(nano, tmp_path, mo
     monkeypatch.setattr(nanoclip, "DEPTH_FILE", path)
     with pytest.raises(InputError, match="is missing; restore it, or make one"):
         c2p.tower_of(clip, None, None)
-    tower = c2p.copy.deepcopy(clip.visual)
+    tower = copy.deepcopy(clip.visual)
     with torch.no_grad():
         tower.proj += .5
     nanoclip.save_depth(path, tower, clip.sha256)
     with pytest.raises(InputError, match="is not the file of this repository"):
         c2p.tower_of(clip, None, None)
-    sha256 = c2p.nanoclip.hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(nanoclip, "DEPTH_SHA256", sha256)
     loaded = c2p.tower_of(clip, None, None)
     torch.testing.assert_close(loaded.proj, tower.proj, atol=2e-3, rtol=2e-3)      # fp16
@@ -393,7 +398,8 @@ def test_a_run_prints_its_table_and_a_stopped_and_resumed_one_ends_the_same(
 def test_a_run_s_tower_names_files_and_says_which_axis_points_up(small, finished, capsys):
     rng = np.random.default_rng(0)
     np.save("own.npy", sample_surface(*make_object("chair", rng), 700, rng))
-    words = ["--eval", str(finished[0]), "--out", "seen", "--predict", "own.npy", "--classes", "chair, table", *CPU]
+    words = ["--eval", str(finished[0]), "--out", "seen", "--predict", "own.npy", "--classes",
+             "chair, table", *CPU]
     c2p.main(words)
     printed = capsys.readouterr().out
     assert printed.startswith("own.npy:   ") and "chair" in printed and "table" in printed
@@ -521,7 +527,7 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
     assert "room: 1 chair, 1 table; 1 of fewer than 16 points left out" in printed
     assert "result   mAP@0.25 100.00 % over 2 classes" in printed
     assert [len(cloud[0]) for cloud in seen] == [256, 256]      # no corner of a drawn box in it
-    wanted = c2p.y_up(c2p.objects.unit_sphere(c2p.farthest(torch.from_numpy(chair)[None], 256)))
+    wanted = c2p.y_up(unit_sphere(c2p.farthest(torch.from_numpy(chair)[None], 256)))
     torch.testing.assert_close(seen[0], wanted, atol=1e-4, rtol=0)
     listed = json.loads(Path("named/room.json").read_text())
     assert [entry["class"] for entry in listed] == ["chair", "table", "a"]
@@ -538,7 +544,7 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
     (["--shots", "4"], "--shots needs clouds with labels: add --zero-shot"),
     (["--zero-shot", "folder", "--predict", "a.obj", "--classes", "chair"], "give one of them"),
     (["--zero-shot", "folder", "--data", "folder"], "pre-train nothing"),
-    (["--init-official", "x.pth"], "gives the depth tower of --zero-shot or --predict"),
+    (["--init-official", "x.pth"], "gives the depth tower of --zero-shot, --predict or"),
     (["--temperature", "0"], "--temperature 0.0 must be above 0"),
     (["--predict", "none.obj", "--classes", "chair"], "none.obj: No such file"),
     (["--predict", "none.xyzzy", "--classes", "chair"], "not a format this script reads"),
@@ -552,7 +558,7 @@ def test_what_cannot_be_done_is_one_line(small, words, said):
 
 def test_the_controls_change_what_they_say(nano):
     clip = c2p.load_clip(nano, 0, "cpu")
-    points = c2p.objects.unit_sphere(torch.randn(4, 300, 3, generator=torch.Generator()))
+    points = unit_sphere(torch.randn(4, 300, 3, generator=torch.Generator()))
     cfg = {"views": None, "average": False}
     setup = Setup("cpu", "fp32")
     f, = c2p.features_of([clip.visual], clip, points, cfg, setup, most=12)
