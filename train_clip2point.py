@@ -347,20 +347,22 @@ def train(model, data, tests, clip, text, run):
     cfg, setup = run.cfg, run.setup
     recipe = Recipe(**cfg["recipe"])
     optimizer = optimizer_of(model, recipe)
-    data = Pairs(*(x.to(setup.device) if setup.fits(x.nbytes) else x for x in data))
-    order_of_others = torch.arange(len(data.label)).roll(len(data.label) // 2)
+    if setup.fits(data.xyz.nbytes + data.scan.nbytes, share=2):
+        data = Pairs(*(x.to(setup.device) for x in data))
+    place = data.xyz.device
+    others = torch.arange(len(data.label), device=place).roll(len(data.label) // 2)
     steps = len(data.label) // recipe.batch_size        # the last, partial batch is dropped
     if not steps:
         raise InputError(f"--batch-size {recipe.batch_size}: there are {len(data.label)} objects")
     head = "epoch    cross   intra       w" + "".join(f"  {test.name} %" for test in tests)
 
     for epoch in run.epochs(model, optimizer, head):
-        order = torch.randperm(len(data.label), generator=run.draw, device=setup.device).cpu()
+        order = torch.randperm(len(data.label), generator=run.draw, device=setup.device).to(place)
         for step in run.steps(steps, LOWEST):
             if recipe.restart:
                 set_rate(optimizer, recipe, epoch + step / steps)
             rows = order[step * recipe.batch_size:][:recipe.batch_size]
-            run.sums += train_step(model, optimizer, data, rows, clip, run, order_of_others)
+            run.sums += train_step(model, optimizer, data, rows, clip, run, others)
         cross, intra, n = run.totals("cross", "intra")
         found = evaluate({"depth": model.towers["depth"]}, tests, clip, text, cfg, setup)["depth"]
         shares = [accuracy(found[test.name], test.label) for test in tests]
@@ -390,10 +392,10 @@ def set_rate(optimizer, recipe, epoch):
 def sample_clouds(data, rows, recipe, draw):
     """Clouds of objects `rows` (B,), some scanned, random points of each: (B, points, 3)."""
     device = draw.device
-    xyz = data.xyz[rows.to(data.xyz.device)].to(device)                 # (B, P, 3)
+    xyz = data.xyz[rows].to(device)                                     # (B, P, 3)
     if recipe.scanned and data.scan.numel():
         scanned = torch.rand(len(rows), 1, 1, device=device, generator=draw) < recipe.scanned
-        xyz = torch.where(scanned, data.scan[rows.to(data.scan.device)].to(device), xyz)
+        xyz = torch.where(scanned, data.scan[rows].to(device), xyz)
     order = torch.rand(xyz.shape[:2], device=device, generator=draw).argsort(1)
     return objects.unit_sphere(common.gather(xyz, order[:, :recipe.points]))
 
@@ -401,27 +403,26 @@ def sample_clouds(data, rows, recipe, draw):
 def train_step(model, optimizer, data, rows, clip, run, others):
     """One step on the objects `rows` (B,) -> sums (3,): cross, intra, objects.
 
-    One picture of each, and two depth maps from its side, at two distances in 0.9 .. 1.1.
+    One picture of each, and two depth maps from its side, at two distances in 0.9 .. 1.1. rows and
+    others, whose pictures the control takes instead, are where the data is.
     """
     cfg, setup, draw = run.cfg, run.setup, run.draw
     recipe = Recipe(**cfg["recipe"])
     B, device = len(rows), setup.device
     points = sample_clouds(data, rows, recipe, draw)                    # (B, N, 3)
-    side = torch.randint(data.views.shape[1], (B,), device=device, generator=draw)
+    side = torch.randint(data.views.shape[1], (B,), device=device, generator=draw).to(rows.device)
     distance = 0.9 + 0.2 * torch.rand(B, 2, 1, device=device, generator=draw)
-    views = data.views[rows.to(data.views.device), side.to(data.views.device)].to(device)
-    views = torch.cat([distance, views[:, None].expand(-1, 2, -1)], 2)  # (B, 2, 3)
+    views = data.views[rows, side].to(device)[:, None].expand(-1, 2, -1)
+    views = torch.cat([distance, views], 2)                             # (B, 2, 3)
     maps = depth_maps(points, views, clip.size, clip.radius, cfg["average"])
     x = clip.prepared(maps.flatten(0, 1))                               # (2 B, 3, size, size)
-    images = data.image.to(device) if data.image.device == device else data.image
-    image, other = (images[i.to(images.device), side.to(images.device)].to(device)
-                    for i in (rows, others[rows]))                      # (B, E)
+    image, other = (data.image[i, side].to(device) for i in (rows, others[rows]))       # (B, E)
     optimizer.zero_grad(set_to_none=True)
     for name in model.towers:
         kept = slice(None)
         if name == "left out":              # never sees a depth map of these classes
-            unseen = torch.tensor([cfg["classes"].index(k) for k in LEFT_OUT])
-            kept = ~torch.isin(data.label[rows.to(data.label.device)].cpu(), unseen).to(device)
+            unseen = torch.tensor([cfg["classes"].index(k) for k in LEFT_OUT], device=rows.device)
+            kept = ~torch.isin(data.label[rows], unseen).to(device)
         with setup.autocast():
             depth = model(name, x.view(B, 2, *x.shape[1:])[kept].flatten(0, 1))
         depth = depth.float().view(-1, 2, depth.shape[1])               # (B, 2, E)
@@ -698,7 +699,8 @@ def predict(ask, clip, tower, cfg, setup):
         captions = [Path(file).name, *words, *[""] * len(maps)]
         cells += [render.Cell(x, caption) for x, caption in zip(maps, captions)]
     look = Path(ask.out) / "look.png"
-    title = f"what {clip.name}'s depth tower looked at, {up} up: share (mean cosine)"
+    what = BEFORE if tower is clip.visual else AFTER
+    title = f"what {clip.name}, {what}, looked at, {up} up: share (mean cosine)"
     render.save(look, render.sheet(cells[:40 * len(maps)], len(maps), title))
     print(f"look: {look}")
 
@@ -827,6 +829,8 @@ def settings(args):
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "clip2point")
         return {**cfg, **{k: x for k, x in own.items() if x and args.eval}}, saved, folder, ask
+    if args.objects and args.data not in (None, "synthetic"):
+        raise InputError(f"--objects is of the built-in data; leave it out with --data {args.data}")
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     if not 0 < recipe.temperature < math.inf:
         raise InputError(f"--temperature {recipe.temperature} must be above 0, and a number")

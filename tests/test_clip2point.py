@@ -472,7 +472,7 @@ def test_shapenet_is_pre_trained_on_with_the_authors_pictures(small, tmp_path, c
     c2p.main([*words, "--batch-size", "2"])
     printed = capsys.readouterr().out
     assert "shapenet: 2 objects with 10 pictures each; none to test; 55 classes" in printed
-    assert "no test by name" in printed and "does not know trash bin" in printed
+    assert "no test by name" in printed and "does not know ashcan" in printed
     assert json.loads(next(Path("runs").glob("*/results.json")).read_text())["metrics"] == {}
     with pytest.raises(InputError, match="--batch-size 20: there are 2 objects"):
         c2p.main(words)
