@@ -7,10 +7,11 @@
 
 Contenders take turns in one process, so that a busy moment hits all of them; the median counts, the
 spread stands beside it. Every figure is appended to docs/bench.jsonl with machine, versions, commit
-and date. A peer is whatever of pointnet2_ops, mmcv, pytorch3d, torch_cluster, pykeops, fpsample and
-scipy can be imported; none is required.
+and date. A peer is whatever of pointnet2_ops, mmcv, pytorch3d, torch_cluster, pykeops, fpsample,
+scipy, spconv, torchsparse and MinkowskiEngine can be imported; none is required.
 """
 import argparse
+import functools
 import importlib
 import json
 import subprocess
@@ -28,11 +29,13 @@ except ImportError:                                     # macOS, Windows: no GPU
     triton = None
 
 from common import gather
-from kernels import ball_query, farthest_point_sample, interpolate, knn, splat
+from kernels import (SparseTensor, ball_query, farthest_point_sample, interpolate, knn, splat,
+                     submanifold_conv)
 from run import InputError, Run, Setup, main_guard, parameter_groups, versions, whole
 
-fps_file, knn_file, ball_file, splat_file = (importlib.import_module(f"kernels.{name}")
-                                             for name in ("fps", "knn", "ball_query", "splat"))
+fps_file, knn_file, ball_file, splat_file, sparse_file = (
+    importlib.import_module(f"kernels.{name}")
+    for name in ("fps", "knn", "ball_query", "splat", "sparse_conv"))
 OUT = Path(__file__).parent / "docs" / "bench.jsonl"
 
 #       B, N, m
@@ -48,6 +51,8 @@ INTERPOLATE = [(8, 40_000, 2048, C, dtype)
 GROUP = [(32, 1024, 64, 32, 3), (8, 2048, 1024, 16, 256)]
 #         B, N, H, W, radius in pixels: ten views of 32 objects, one of a room
 SPLAT = [(320, 1024, 224, 224, 2.24), (1, 200_000, 1024, 1024, 2.0)]
+#         V, C
+SPARSE = [(100_000, 64), (100_000, 256)]
 
 
 # ---- Clock and floors ----------------------------------------------------------------------------
@@ -315,6 +320,80 @@ def splat_case(device, B, N, H, W, radius):
     return calls, {"bytes": 12 * B * (N + H * W)}, same_indices
 
 
+def sparse_case(device, V, C):
+    """A submanifold convolution on hilly ground, both ways, maps made before.
+
+    All 27 taps have the same matrix: libraries number their taps in different orders.
+    """
+    g = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    i, side = torch.arange(V, device=device), int(V ** 0.5)
+    x, y = i // side, i % side
+    rough = torch.rand(V, device=device, generator=g)
+    z = (12 * torch.sin(x / 19) * torch.cos(y / 23) + rough).floor().long() + 16    # peers: not < 0
+    coords = torch.stack([0 * i, x, y, z], 1).int()
+    feats = torch.rand(V, C, device=device, generator=g).to(dtype).requires_grad_()
+    weight = torch.rand(1, C, C, device=device, generator=g).div(C).to(dtype)
+    weight = weight.repeat(27, 1, 1).requires_grad_()
+    grad = torch.rand(V, C, device=device, generator=g).to(dtype)
+    ours = SparseTensor(coords, feats)
+    pairs = ours.map(3, 1)
+
+    def plain():                                # the reference: its gradients, too
+        table, rows, back_table, back_rows = pairs
+        sparse_file.conv_torch(feats, weight, table, rows)
+        sparse_file.weights_torch(feats, grad, table, rows)
+        return sparse_file.conv_torch(grad, weight.mT, back_table, back_rows)
+
+    calls = {"ours": lambda: both_ways(lambda: submanifold_conv(ours, weight).feats, feats, grad),
+             "torch": torch.no_grad()(plain)}
+    if device.type == "cuda" and (spconv := optional("spconv.pytorch")):
+        @functools.cache
+        def made():
+            layer = spconv.SubMConv3d(C, C, 3, bias=False, indice_key="k").to(device, dtype)
+            with torch.no_grad():               # (D, 3, 3, 3, C)
+                layer.weight.copy_(weight.view(3, 3, 3, C, C).permute(4, 0, 1, 2, 3))
+            size = (coords[:, 1:].amax(0) + 1).tolist()
+            return layer, spconv.SparseConvTensor(feats, coords, size, 1)
+
+        def in_spconv():
+            layer, voxels = made()
+            return layer(voxels.replace_feature(feats)).features
+
+        calls["spconv"] = lambda: both_ways(in_spconv, feats, grad)
+    if torchsparse := optional("torchsparse"):
+        @functools.cache
+        def layer_torchsparse():
+            layer = torchsparse.nn.Conv3d(C, C, 3).to(device, dtype)
+            layer.kernel.data.copy_(weight.data)
+            return layer, torchsparse.SparseTensor(feats, coords)
+
+        def in_torchsparse():
+            layer, voxels = layer_torchsparse()
+            return layer(voxels).feats
+
+        calls["torchsparse"] = lambda: both_ways(in_torchsparse, feats, grad)
+    if engine := optional("MinkowskiEngine"):   # has no bf16
+        @functools.cache
+        def layer_minkowski():
+            layer = engine.MinkowskiConvolution(C, C, kernel_size=3, dimension=3).to(device)
+            layer.kernel.data.copy_(weight.data)
+            return layer, engine.SparseTensor(feats.float(), coords)
+
+        def in_minkowski():
+            layer, voxels = layer_minkowski()
+            return layer(engine.SparseTensor(
+                feats.float(), coordinate_map_key=voxels.coordinate_map_key,
+                coordinate_manager=voxels.coordinate_manager)).F.to(dtype)
+
+        calls["Minkowski fp32"] = lambda: both_ways(in_minkowski, feats, grad)
+    # forward and two gradients: products of each pair; rows read, written and a map read in each
+    count = int((pairs[0] >= 0).sum())
+    floor = {"flop": 3 * 2 * count * C * C,
+             "bytes": 3 * (feats.element_size() * (2 * V * C + 27 * C * C) + 4 * 27 * V)}
+    return calls, floor, lambda a, b: close(a.float(), b.float(), rtol=0.02, atol=0.02)
+
+
 def both_ways(forward, feats, grad):
     feats.grad = None
     forward().backward(grad)
@@ -336,6 +415,8 @@ def name_of(kernel, shape):
         return "grouping {} x {:,}, {:,} x {}, C = {}, both ways".format(*shape)
     if kernel == "splat":
         return "splat {} x {:,} points at {} x {}, r = {}".format(*shape)
+    if kernel == "sparse conv":
+        return "sparse conv {:,} voxels, 27 taps, C = {}, both ways".format(*shape)
     dtype = str(shape[4]).removeprefix("torch.")
     return "interpolation {} x {:,} from {:,}, C = {}, {}, both ways".format(*shape[:4], dtype)
 
@@ -351,7 +432,8 @@ def kernels(device, quick):
           f"{'ours is':>9}{'floor ms':>10}{'of floor':>9}")
     cases = [("FPS", fps_case, FPS), ("KNN", knn_case, KNN),
              ("ball query", ball_case, BALL), ("interpolation", interpolate_case, INTERPOLATE),
-             ("grouping", group_case, GROUP), ("splat", splat_case, SPLAT)]
+             ("grouping", group_case, GROUP), ("splat", splat_case, SPLAT),
+             ("sparse conv", sparse_case, SPARSE)]
     for kernel, case, shapes in cases:
         for shape in shapes:
             limit = 3e8 if quick else 1e12              # distances of a workload
@@ -360,6 +442,8 @@ def kernels(device, quick):
             half = kernel == "interpolation" and shape[4] == torch.bfloat16
             if half and device.type == "cpu" or kernel == "interpolation" and quick:
                 continue                                # no kernel of ours runs in bf16 on a CPU
+            if kernel == "sparse conv" and quick and shape[1] > 64:
+                continue
             measure(name_of(kernel, shape), case(device, *shape), device, quick, can, facts)
 
 
@@ -378,7 +462,7 @@ def measure(workload, case, device, quick, can, facts):
             print(f"{workload}: {who} left out, {type(error).__name__}: {reason}")
     times = rounds(calls, device, most=3 if quick else 7)
     floor = 1e3 * max(needs["bytes"] / can["bytes"], needs.get("pairs", 0) / can["pairs"],
-                      needs.get("steps", 0) * can["step"])
+                      needs.get("steps", 0) * can["step"], needs.get("flop", 0) / can["flop"])
     if device.type == "cpu" and "pairs" in needs:       # trees leave out most of the distances
         floor = None
     ours = float(np.median(times["ours"]))

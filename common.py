@@ -216,9 +216,10 @@ def fingerprint(named_tensors):
 
 
 CLIP_NAMES = ("openai, MODEL/TAG of open_clip (ViT-B-16/laion2b_s34b_b88k), ViT-B-32.pt as OpenAI "
-              "ships it, MODEL=FILE, timm:NAME=FILE, nano=FILE (what train_clip.py wrote); "
-              "untrained: random, MODEL=random, timm:NAME=random; permuted within "
-              "each matrix: NAME=shuffled, for any NAME that has weights")
+              "ships it, MODEL=FILE, timm:NAME=FILE, nano (small, comes with this repository), "
+              "nano=FILE (what train_clip.py wrote); untrained: random, MODEL=random, "
+              "timm:NAME=random, nano=random; permuted within each matrix, texts as before: "
+              "NAME=shuffled, for any NAME that has weights")
 WARNINGS = {
     "random": "the transformer has RANDOM weights: these numbers say nothing about CLIP",
     "shuffled": "the transformer has SHUFFLED weights: these numbers say nothing about CLIP",
@@ -246,9 +247,9 @@ def load_clip(name, seed=0, trainable=False):
         model_name, model, tokenizer = nano(base, seed) if of_nano else from_open_clip(base, seed)
         parts = open_clip_parts(model.visual)
         text = model.requires_grad_(False).encode_text, tokenizer
-    if name.endswith(("random", "shuffled")):
+    if name.endswith("random"):
         text = None                         # such a text tower knows no words
-    if name != base:
+    if name != base:                        # the text tower stays: a control differs in one thing
         shuffle(parts, seed)
     return FrozenCLIP(name, model_name, parts, text, trainable)
 

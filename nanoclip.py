@@ -18,9 +18,9 @@ from torch import nn
 from run import InputError
 
 FILE = Path(__file__).parent / "data" / "nanoclip.safetensors"
-SHA256 = ""                     # of FILE
+SHA256 = "5b83a1b0b5eef39ed2d8a8483a4e1dc7d56624f6933943c59ce4c8c25f33b754"   # of FILE
 DEPTH_FILE = FILE.with_name("nanodepth.safetensors")    # what train_clip2point.py made of it
-DEPTH_SHA256 = ""
+DEPTH_SHA256 = "d45f1e45750c34775953e71c06c2a8c1cf5460826321c9a921408c20873e84cb"
 
 
 class UnknownWords(LookupError):
@@ -87,8 +87,8 @@ def load(path=None, seed=None):
     if path is None:
         path = FILE
         if not path.is_file():
-            raise InputError(f"--clip nano: {path} is missing, this version does not have it yet; "
-                             "make one with python train_clip.py, then pass --clip "
+            raise InputError(f"--clip nano: {path} is missing; copy it from nanoEPCL, too, or make "
+                             "one with python train_clip.py and pass --clip "
                              "nano=RUN/nanoclip.safetensors")
         if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
             raise InputError(f"--clip nano: {path} is not the file of this repository; restore it, "

@@ -8,8 +8,8 @@
 What comes out is a small CLIP that was really pretrained, for whoever runs, tests or learns the
 method without a download. It knows forty classes and a few words beside them, from pictures that a
 z-buffer drew. Its accuracy is that of naming held-out renders by a prompt. That is not zero-shot:
-captions name the same classes. Where data/nanoclip.safetensors is such a file, plain --clip nano
-takes it; the repository does not hold one yet.
+captions name the same classes. data/nanoclip.safetensors, which --clip nano takes, is what the first
+command wrote.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ import render
 from data import objects
 from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
 from data.synthetic_objects import ALL_CLASSES, STRETCH, make_object
+from kernels import splat
 from run import (InputError, Run, Setup, load_weights, main_guard, recipe_parser, saved_settings,
                  seed_of, shared_flags, shared_settings, with_flags, world_size)
 
@@ -269,9 +270,23 @@ def evaluate(model, tokenize, test, setup, batch=500):
             "by_class": by_class}, named.cpu()
 
 
+def depth_pictures(xyz, size, up, radius=0.09):
+    """A cloud (P, 3) from four sides -> (4, 3, size, size), -1 .. 1: the nearer, the darker, white
+    where nothing is. radius: of a point, in half pictures; smaller ones leave holes."""
+    pictures = []
+    for azimuth in (30, 120, 210, 300):
+        camera = render.fit(xyz, render.look(25, azimuth, up))
+        place = render.project(xyz, camera, size, size)
+        index, depth = splat(place[None], size, size, radius * size / 2)
+        depth, low, high = depth[0], *place[:, 2].aminmax()
+        shade = 0.15 + 0.7 * (depth - low) / (high - low).clamp(min=1e-9)
+        pictures.append(torch.where(index[0] >= 0, shade, 1) * 2 - 1)
+    return torch.stack(pictures)[:, None].expand(-1, 3, -1, -1)
+
+
 @torch.no_grad()
 def name_clouds(model, tokenize, cfg, setup, points=1024):
-    """Name the test objects of a data set by prompt, from pictures of their points. -> the line."""
+    """Name the test objects of a data set by prompt, from pictures of depth. -> the line."""
     path = objects.prepare(cfg["real"], cfg["root"], points, cfg["workers"])
     _, (xyz, label), classes, form = objects.load(path, points, fraction=0.2)
     number = np.array([ALL_CLASSES.index(name.lower()) if name.lower() in ALL_CLASSES else -1
@@ -279,11 +294,9 @@ def name_clouds(model, tokenize, cfg, setup, points=1024):
     rows = np.flatnonzero(number[label] >= 0)
     if not len(rows):
         raise InputError(f"{form}: none of its classes is one of {', '.join(ALL_CLASSES)}")
-    size, features = cfg["recipe"]["size"], []
-    axes = [render.look(25, azimuth) for azimuth in (30, 120, 210, 300)]
+    up, features = cfg["up"] or objects.up_of(form), []
     for cloud in tqdm(torch.from_numpy(xyz[rows]), unit="object", leave=False, disable=None):
-        x = [render.draw_points(cloud, render.fit(cloud, axis), size, size) for axis in axes]
-        x = torch.from_numpy(np.stack(x)).to(setup.device).permute(0, 3, 1, 2) / 127.5 - 1
+        x = depth_pictures(cloud.to(setup.device), cfg["recipe"]["size"], up)
         with setup.autocast():
             features.append(model.encode_image(x, normalize=True).float())
     features = torch.stack(features)                                    # (S, 4, E)
@@ -292,8 +305,8 @@ def name_clouds(model, tokenize, cfg, setup, points=1024):
     label = torch.from_numpy(number[label[rows]]).to(setup.device)
     one = (features @ prompts.T).argmax(2) == label[:, None]
     four = (features.mean(1) @ prompts.T).argmax(1) == label
-    return (f"real     {len(rows):,} clouds of {len(label.unique())} classes, pictures of "
-            f"{points:,} points, by prompt among {len(NAMES)}: one view "
+    return (f"real     {len(rows):,} clouds of {len(label.unique())} classes, depth of {points:,} "
+            f"points, {up} up, by prompt among {len(NAMES)}: one view "
             f"{100 * one.float().mean():.2f} %, mean of four {100 * four.float().mean():.2f} %; "
             f"{form}")
 
@@ -388,7 +401,7 @@ def main(argv=None):
               f"(best: {100 * at['best']:.2f} % in epoch {at['best_epoch']}); "
               f"{at['seconds']:.0f} s")
     if args.real:
-        run.print(name_clouds(model, tokenize, {**cfg, "real": args.real}, setup))
+        run.print(name_clouds(model, tokenize, {**cfg, "real": args.real, "up": args.up}, setup))
     if not args.eval:
         show(run.folder / "look.png", test, named)
         run.results(metrics, "accuracy", (whole, 0), form,
@@ -397,11 +410,12 @@ def main(argv=None):
 
 @torch.no_grad()
 def mild_texts(model, tokenize, setup):
-    """Give the texts' features length 10, CLIP's: the text loss of train_cls.py multiplies them as
-    they are. Cosines, and so nano-CLIP itself, stay as they were."""
+    """Give the texts' features a distance of 4.5 from their mean: the text loss of train_cls.py
+    multiplies them as they are, and would drown the head's. CLIP's are about 10 long, at cosines
+    near 0.8. Cosines, and so nano-CLIP itself, stay as they were."""
     model.eval()
-    tokens = tokenize([PROMPT.format(name) for name in NAMES]).to(setup.device)
-    model.text_projection *= 10 / model.encode_text(tokens).norm(dim=1).mean()
+    text = model.encode_text(tokenize([PROMPT.format(name) for name in NAMES]).to(setup.device))
+    model.text_projection *= 4.5 / (text - text.mean(0)).norm(dim=1).mean()
 
 
 def show(path, test, named, rows=5, columns=8, times=2):
@@ -423,21 +437,25 @@ def flags(argv):
     shared_flags(parser)
     parser.add_argument("--real", choices=["modelnet40", "folder"],
                         help="with --eval and --root: name real objects, too")
+    parser.add_argument("--up", choices=["z", "y"], help="axis that points up in --real's data "
+                        "(default: what its form usually has, docs/data.md)")
     return parser.parse_args(argv)
 
 
 def settings(args):
     """Flags over the recipe or a saved run -> config, checkpoint or None, run folder or None."""
-    real, args.real = args.real, None       # is no setting of the run, nor is its --root
-    if real and not args.eval:
+    real, up, args.real, args.up = args.real, args.up, None, None   # no settings of the run, nor
+    if real and not args.eval:                                      # is its --root
         raise InputError("--real needs a run: add --eval runs/clip-...")
+    if up and not real:
+        raise InputError("--up belongs to --real; leave it out")
     if args.resume or args.eval:
         root, args.root = args.root, None if real else args.root
         cfg, saved, folder = saved_settings(args, "clip")
-        args.real = real
+        args.real, args.up = real, up
         return {**cfg, "root": root}, saved, folder
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
-    return {**shared_settings(args, recipe), "frozen": None}, None, None
+    return {**shared_settings(args, recipe), "clip": None, "frozen": None}, None, None
 
 
 if __name__ == "__main__":

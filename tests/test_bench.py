@@ -28,7 +28,7 @@ MORE_PARTS = {"cls": EPCL | {"KNN"}, "fewshot": EPCL | {"KNN"},
               "det": EPCL | {"ball query", "matching"}, "seg": EPCL | {"KNN", "interpolation"},
               "clip2point": {"depth maps", "tower forward", "loss"}}
 FILES = [importlib.import_module(f"kernels.{name}")
-         for name in ("fps", "knn", "ball_query", "interpolate", "splat")]
+         for name in ("fps", "knn", "ball_query", "interpolate", "splat", "sparse_conv")]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,6 +52,7 @@ def small(monkeypatch, folder):
     monkeypatch.setattr(bench, "INTERPOLATE", [(2, 300, 20, 8, torch.float32)])
     monkeypatch.setattr(bench, "GROUP", [(2, 90, 10, 4, 3)])
     monkeypatch.setattr(bench, "SPLAT", [(2, 90, 20, 30, 1.5)])
+    monkeypatch.setattr(bench, "SPARSE", [(400, 8)])
     patches = dict(points=64, groups=8, neighbours=8, batch_size=4)
     for script, data, recipe in (
             (train_fewshot, "modelnet40", patches),
@@ -95,7 +96,7 @@ def test_kernels_are_timed_beside_their_peers_and_agree(quick, capsys):
         assert line["ms"] > 0 and line["torch"] == torch.__version__
         search = line["workload"].startswith(("FPS", "KNN", "ball"))    # no floor on a CPU
         assert (line["floor_ms"] is None) == search
-    assert len(who) == 8 and all("ours" in contenders for contenders in who.values())
+    assert len(who) == 9 and all("ours" in contenders for contenders in who.values())
     assert who["KNN 1 x (900 of 900), k = 4"]["cKDTree"]["same"] > .99      # its ties may differ
     assert all(c["torch"]["same"] == 1 for name, c in who.items() if "torch" in c)
     bench.main(["table"])
@@ -104,6 +105,7 @@ def test_kernels_are_timed_beside_their_peers_and_agree(quick, capsys):
     assert printed.count("| grouping") == 1
     assert "| ball query 2 x (30 of 900), 0.4 m, k = 8 |" in printed
     assert "| splat 2 x 90 points at 20 x 30, r = 1.5 |" in printed
+    assert "| sparse conv 400 voxels, 27 taps, C = 8, both ways |" in printed
 
 
 def test_a_peer_whose_answer_cannot_be_had_is_left_out_and_named(quick, capsys):

@@ -21,15 +21,16 @@ TYPES = dict(xyz="*fp32", query="*fp32", points="*fp32", start="*i64", lengths="
              nearest="*fp32", done="*i32", dist2="*fp32", index="*i64", source="*i64",
              weight="*fp32", ends="*i64", depth="*fp32", B="i32", N="i32", M="i32", m="i32",
              k="i32", tiles="i32", T="i32", C="i32", turn="i32", H="i32", W="i32", height="i32",
-             width="i32", radius="fp32", radius2="fp32", total="i64")
+             width="i32", radius="fp32", radius2="fp32", total="i64", table="*i32", rows="*i32",
+             parts="i32", K="i32")
 CARDS = (80, 86, 89, 90, 100, 120)  # A100, RTX 30xx, RTX 40xx, H100, B200, RTX 50xx
 
 
 def configurations():
     """(name, kernel, argument types, constexpr and options) of all the launchers can choose."""
-    fps, knn, ball, interpolate, splat = (
+    fps, knn, ball, interpolate, splat, sparse = (
         importlib.import_module(f"kernels.{name}")
-        for name in ("fps", "knn", "ball_query", "interpolate", "splat"))
+        for name in ("fps", "knn", "ball_query", "interpolate", "splat", "sparse_conv"))
     sizes = [2 ** i + j for i in range(21) for j in (0, 1)]
     for block, warps in fps.IN_REGISTERS:
         yield "fps_registers", fps._fps_registers, TYPES, dict(BLOCK=block, num_warps=warps)
@@ -54,6 +55,15 @@ def configurations():
     for config in chosen.values():
         yield "splat", splat._splat, TYPES, config
     yield "splat_unpack", splat._unpack, TYPES, splat.UNPACK
+    for dtype, size in (("*fp32", 4), ("*bf16", 2)):  # the stem, blocks, the head: all sizes
+        for C, D in ((4, 51), (64, 64), (256, 256), (409, 20), (409, 409)):
+            kinds = ("i32" + " % 16" * (x % 16 == 0) for x in (C, D))
+            types = dict(TYPES, feats=dtype, weight=dtype, grad=dtype, out=dtype)
+            types["C"], types["D"] = kinds
+            forward, backward = sparse.blocks(C, D, size)
+            yield f"sparse_conv {dtype}, {C} {D}", sparse._convolve, types, forward
+            yield (f"sparse_conv_weights {dtype}, {C} {D}", sparse._weight_gradient,
+                   dict(types, out="*fp32"), backward)
 
 
 def compile_kernel(kernel, types, config, sm):
@@ -84,7 +94,8 @@ def compile_kernel(kernel, types, config, sm):
     return dict(sm=sm, registers=int(re.search(r"REG:(\d+)", usage)[1]),
                 shared=built.metadata.shared, stack=int(re.search(r"STACK:(\d+)", usage)[1]),
                 spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-                instructions=code.count(";"), fused=len(fused))
+                instructions=code.count(";"), fused=len(fused),
+                tensor_cores=bool(re.search(r"\bmma\.|\bwgmma\.|\btcgen05\.mma", built.asm["ptx"])))
 
 
 def main():
@@ -121,7 +132,8 @@ def test_every_kernel_configuration_compiles_for_every_card(table):
     assert not [row for row in table if "error" in row]
     names = {row["kernel"].split()[0] for row in table}
     assert names == {"fps_registers", "fps_round", "fps_rest", "knn", "ball_query",
-                     "interpolate_forward", "interpolate_backward", "splat", "splat_unpack"}
+                     "interpolate_forward", "interpolate_backward", "splat", "splat_unpack",
+                     "sparse_conv", "sparse_conv_weights"}
     assert {(row["kernel"].split()[0], row["sm"]) for row in table} == {
         (name, sm) for name in names for sm in CARDS}
 
@@ -133,7 +145,14 @@ def test_no_kernel_spills_registers(table):
 
 
 def test_no_multiply_add_is_fused(table):
-    assert not [row for row in table if row["fused"]]
+    # but in products of matrices: they decide no neighbour
+    assert not [row for row in table if row["fused"] and "sparse_conv" not in row["kernel"]]
+
+
+def test_products_of_half_precision_run_on_tensor_cores_and_those_of_fp32_do_not(table):
+    rows = [row for row in table if row["kernel"].startswith("sparse_conv")]
+    assert {row["tensor_cores"] for row in rows if "*fp32" in row["kernel"]} == {False}  # no TF32
+    assert {row["tensor_cores"] for row in rows if "*fp32" not in row["kernel"]} == {True}
 
 
 def test_every_kernel_fits_the_register_file_and_the_shared_memory_of_any_card(table):

@@ -1,0 +1,151 @@
+"""Beside every number its controls: train_cls.py with and without what the method claims to use.
+
+    python controls.py                          the built-in objects, five seeds
+    python controls.py --epochs 40              further flags go to train_cls.py
+    python controls.py --seeds 3 --data modelnet40 --root DIR --clip openai
+
+Everything else is equal: seeds, clouds, samples, epochs. Differences are paired by seed. Training
+goes on where it was stopped; finished trainings are not repeated.
+"""
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import common
+from run import InputError, Parser, main_guard, whole
+from train_fewshot import paired, percent
+
+SCRIPT = Path(__file__).parent / "train_cls.py"
+
+
+def variants_of(clip, text_loss):
+    """-> {row of the table: flags of train_cls.py}, in groups that share the text loss. The first
+    of a group is what its others are compared with."""
+    loaded = common.load_clip(clip)
+    off = ["--text-loss", "off"]
+    without = {
+        "pretrained, frozen": ["--clip", clip, *off],
+        "shuffled, frozen": ["--clip", f"{clip}=shuffled", *off],
+        "random, frozen": ["--clip", f"{loaded.model}=random", *off],
+        "no transformer": ["--clip", clip, "--no-transformer", *off],
+        "pretrained, unfrozen": ["--clip", clip, "--unfreeze", *off]}
+    if loaded.text is None:
+        return [without]
+    on = ["--text-loss", text_loss]         # a random text tower knows no words
+    return [without, {f"{row}, text loss": [*flags[:-2], *on] for row, flags in without.items()
+                      if row != "random, frozen"}]
+
+
+def start(flags, folder):
+    """Train, or go on with what `folder` holds -> the process."""
+    command = ["--resume", folder] if (folder / "last.pt").is_file() else [*flags, "--out", folder]
+    if command[0] != "--resume" and folder.exists():
+        shutil.rmtree(folder)               # killed before it saved anything
+    return subprocess.Popen([sys.executable, SCRIPT, *command], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, encoding="utf-8")
+
+
+def train_all(todo, jobs):
+    """[(name, flags, folder)], so many at a time."""
+    running, total, done = {}, len(todo), 0
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                name, flags, folder = todo.pop(0)
+                running[start(flags, folder)] = name, folder
+            for process in [p for p in running if p.poll() is not None]:
+                name, folder = running.pop(process)
+                if process.returncode:
+                    reason = process.stderr.read().strip().removeprefix("error: ")
+                    raise InputError(f"{name}: train_cls.py ended with exit code "
+                                     f"{process.returncode}: {reason}")
+                done, found = done + 1, result_of(folder)
+                print(f"{done:4d} of {total}  {name:40s}{100 * found['metrics']['accuracy']:6.2f} "
+                      f"%  {found['seconds']:6.0f} s", flush=True)
+            time.sleep(0.1)
+    finally:                                # they save
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def result_of(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def table(groups, seeds, out):
+    """Lines of the table, in markdown."""
+    lines = ["| transformer | weights trained | accuracy | minus the first, 95 % interval | best "
+             "epoch on test | seconds |", "|---|---|---|---|---|---|"]
+    for group in groups:
+        reference = None
+        for row in group:
+            found = [result_of(out / folder_of(row, seed)) for seed in range(seeds)]
+            last = [f["metrics"]["accuracy"] for f in found]
+            best = [f["best_on_test"]["accuracy"] for f in found]
+            apart = ""
+            if reference:
+                mean, low, high = (100 * x for x in paired(last, reference))
+                apart = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+            reference = reference or last
+            seconds = sum(f["seconds"] for f in found) / seeds
+            lines.append(f"| {row} | {found[0]['parameters']['trainable']:,} | {percent(last)} | "
+                         f"{apart} | {percent(best)} | {seconds:.0f} |")
+    return lines
+
+
+def folder_of(row, seed):
+    return f"{row.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="all other flags go to train_cls.py")
+    parser.add_argument("--clip", default="nano", help="pretrained weights (default: nano)")
+    parser.add_argument("--text-loss", choices=["raw", "cosine"], default="raw")
+    parser.add_argument("--seeds", type=whole(1), default=5, metavar="N", help="0 .. N - 1 (5)")
+    parser.add_argument("--jobs", type=whole(1), metavar="N", help="trainings at a time "
+                        "(default: one on a GPU, else one for each core)")
+    parser.add_argument("--out", type=Path, default=Path("runs/controls"), metavar="DIR")
+    args, rest = parser.parse_known_args(argv)
+    for flag in ("--seed", "--resume", "--eval", "--no-transformer", "--unfreeze"):
+        if flag in rest:
+            raise InputError(f"{flag}: controls.py gives it to train_cls.py itself; leave it out")
+    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    groups = variants_of(args.clip, args.text_loss)
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {"clip": args.clip, "text_loss": args.text_loss, "flags": rest}
+    kept = args.out / "controls.json"
+    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != settings:
+        raise InputError(f"{kept}: the trainings there had other flags; give another --out")
+    kept.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    todo = []
+    for seed in range(args.seeds):          # seed by seed: what is there first can be compared
+        for row, flags in ((row, flags) for group in groups for row, flags in group.items()):
+            folder = args.out / folder_of(row, seed)
+            if not (folder / "results.json").is_file():
+                todo.append((f"{row}, seed {seed}", [*flags, "--seed", str(seed), *rest], folder))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        train_all(todo, jobs)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    lines = table(groups, args.seeds, args.out)
+    print(f"\naccuracy in % of the last epoch, mean ± population standard deviation over "
+          f"{args.seeds} seeds; {args.clip}\n", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main_guard(main)
