@@ -674,7 +674,9 @@ def picture(tower, test, clip, text, cfg, setup, most=12):
     return render.sheet(cells, 9, f"depth maps of {test.name}, zero-shot; wrong ones in red")
 
 
-CLEARLY = 0.05              # a mean cosine so much higher is clearly higher
+# A mean cosine so much higher is clearly higher. Of 300 real clouds of ModelNet40, named among five
+# words, this points out 66 % that are given with the wrong axis up, and 8 % with the right one.
+CLEARLY = 0.08
 
 
 def predict(ask, clip, tower, cfg, setup):

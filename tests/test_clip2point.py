@@ -589,3 +589,17 @@ def test_a_few_objects_and_their_pictures_are_learned(small, nano):
                         for _ in range(40)])
     cross = sums[:, 0] / sums[:, 2]
     assert cross[-10:].mean() < .6 * cross[:3].mean()
+
+
+def test_right_after_a_clone_words_name_a_mesh(tmp_path, monkeypatch, capsys):
+    """nano-CLIP and its depth tower are in the repository, small, and know what they see."""
+    assert nanoclip.FILE.stat().st_size + nanoclip.DEPTH_FILE.stat().st_size < 10e6
+    monkeypatch.chdir(tmp_path)
+    names = ["chair", "airplane", "cup", "stairs"]
+    for i, name in enumerate(names):
+        write_off(tmp_path / f"{i}.off", name, 40 + i)
+    c2p.main(["--predict", *(f"{i}.off" for i in range(4)), "--classes", ", ".join(names), *CPU])
+    found = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert found == names
+    picture = Image.open("predicted/look.png")
+    assert picture.width == 6 * (128 + 12) and picture.height > 4 * 128
