@@ -171,6 +171,14 @@ def load_clip(name, seed, device):
                 mean, std)
 
 
+def untrained(clip, seed):
+    """An image tower of the same sizes, with random weights."""
+    if not clip.is_nano:
+        return common.open_clip_model(clip.model, seed=seed)[0].visual
+    path = clip.name.removesuffix("=shuffled").partition("=")[2]
+    return nanoclip.load(None if path in ("", "random") else path, seed)[0].visual
+
+
 def text_features(clip, names, flag="--classes"):
     """CLIP's features of the prompts of class names (C, E), of length 1."""
     try:

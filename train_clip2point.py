@@ -31,7 +31,7 @@ import common
 import nanoclip
 import render
 from clip2point import (AXIS10, VIEWS, DualPathAdapter, cameras, depth_maps, farthest, features_of,
-                        knows, load_clip, text_features, views_for, y_up, zero_shot)
+                        knows, load_clip, text_features, untrained, views_for, y_up, zero_shot)
 from data import objects
 from data.files import columns, read_boxes, read_ply
 from data.meshes import sample_surface
@@ -166,7 +166,8 @@ def load_pairs(cfg, clip, setup):
         seed, work = seed_of(cfg["seed"], 101), built_in_object
         jobs = [(seed, k, i, recipe.pictures, 2 * points, size)
                 for k in range(len(classes)) for i in range(recipe.objects)]
-        tests, form = built_in_tests(points, classes), "data/synthetic_objects.py's"
+        tests = built_in_tests(points, classes)
+        form = "procedural objects of data/synthetic_objects.py"
     elif name == "shapenet":
         from data import shapenet
         models, to_test, form = shapenet.find(cfg["root"])
@@ -188,7 +189,7 @@ def load_pairs(cfg, clip, setup):
     code = [here / "train_clip2point.py", here / "clip2point.py"]
     seed = cfg["seed"] if name == "synthetic" else 0
     sources = sources_of([*code, *files], *jobs[0][2:], len(jobs), cfg["up"], seed)
-    path = prepared_folder(place, "pairs") / f"{name}-{clip.sha256[:12]}.npz"
+    path = prepared_folder(place, "pairs") / f"{name}-{len(jobs)}-{seed}-{clip.sha256[:12]}.npz"
     if not is_fresh(path, sources):
         made = in_parallel(work, jobs, cfg["workers"], "object", least=100, chunk=8)
         save_npz(path, sources, **prepare_pairs(made, clip, setup))
@@ -507,9 +508,7 @@ def main(argv=None):
         run.print(f"text     no test by name: {clip.name} does not know {', '.join(unknown[:5])}")
     text = text_features(clip, names) if tests else None
     controls = ["mispaired", "left out"] if cfg["data"] == "synthetic" else []
-    visual = clip.visual
-    if cfg["from_scratch"]:
-        visual = load_clip(f"{clip.model}=random", cfg["seed"], setup.device).visual
+    visual = untrained(clip, cfg["seed"]) if cfg["from_scratch"] else clip.visual
     model = DepthTowers(visual, ["depth", *controls]).to(setup.device)
     if saved:
         load_weights(model, saved["model"])

@@ -275,6 +275,15 @@ def test_shuffled_and_random_towers_are_others(nano):
     assert found[0] == found[2] != found[1]
 
 
+def test_an_untrained_tower_has_the_sizes_and_not_the_weights(nano):
+    clip = c2p.load_clip(nano, 0, "cpu")
+    own, other = clip.visual.state_dict(), c2p.untrained(clip, 3).state_dict()
+    assert {k: w.shape for k, w in own.items()} == {k: w.shape for k, w in other.items()}
+    assert not torch.equal(own["proj"], other["proj"])
+    assert torch.equal(other["proj"], c2p.untrained(clip, 3).state_dict()["proj"])
+    assert not torch.equal(other["proj"], c2p.untrained(clip, 4).state_dict()["proj"])
+
+
 def test_unknown_words_are_refused_with_the_nearest_known_ones(nano):
     clip = c2p.load_clip(nano, 0, "cpu")
     assert c2p.text_features(clip, ["chair", "night stand"]).shape == (2, 64)
