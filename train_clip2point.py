@@ -33,7 +33,7 @@ import render
 from clip2point import (AXIS10, VIEWS, DualPathAdapter, cameras, depth_maps, farthest, features_of,
                         knows, load_clip, text_features, untrained, views_for, y_up, zero_shot)
 from data import objects
-from data.files import columns, read_boxes, read_ply
+from data.files import broken, columns, read_boxes, read_ply
 from data.meshes import sample_surface
 from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
 from run import (InputError, Run, Setup, check_frozen, load_weights, main_guard, parameter_groups,
@@ -347,7 +347,7 @@ def average_precision(found, true, least=0.25):
 def train(model, data, tests, clip, text, run):
     cfg, setup = run.cfg, run.setup
     recipe = Recipe(**cfg["recipe"])
-    optimizer = optimizer_of(model, recipe)
+    wrapped, optimizer = setup.wrap(model, cfg["compile"]), optimizer_of(model, recipe)
     if setup.fits(data.xyz.nbytes + data.scan.nbytes, share=2):
         data = Pairs(*(x.to(setup.device) for x in data))
     place = data.xyz.device
@@ -363,7 +363,7 @@ def train(model, data, tests, clip, text, run):
             if recipe.restart:
                 set_rate(optimizer, recipe, epoch + step / steps)
             rows = order[step * recipe.batch_size:][:recipe.batch_size]
-            run.sums += train_step(model, optimizer, data, rows, clip, run, others)
+            run.sums += train_step(wrapped, optimizer, data, rows, clip, run, others)
         cross, intra, n = run.totals("cross", "intra")
         found = evaluate({"depth": model.towers["depth"]}, tests, clip, text, cfg, setup)["depth"]
         shares = [accuracy(found[test.name], test.label) for test in tests]
@@ -697,12 +697,12 @@ def predict(ask, clip, tower, cfg, setup):
             print(f"{file}: with --up {other} it would be {names[mean[other].argmax()]} "
                   f"({mean[other].max():.2f}); does {other} point up in it?")
         maps = drawn(y_up(xyz, up), clip, cfg)[0]
-        captions = [Path(file).name, *words, *[""] * len(maps)]
-        cells += [render.Cell(x, caption) for x, caption in zip(maps, captions)]
+        lines, V = [Path(file).name, *words], len(maps)
+        cells += [render.Cell(x, "\n".join(lines[i::V])) for i, x in enumerate(maps)]
     look = Path(ask.out) / "look.png"
     what = BEFORE if tower is clip.visual else AFTER
     title = f"what {clip.name}, {what}, looked at, {up} up: share (mean cosine)"
-    render.save(look, render.sheet(cells[:40 * len(maps)], len(maps), title))
+    render.save(look, render.sheet(cells[:40 * V], V, title))           # of the first 40 files
     print(f"look: {look}")
 
 
@@ -720,12 +720,18 @@ def name_boxes(ask, clip, tower, cfg, setup):
                          "--export or --predict writes them")
     text, points, found, true = text_features(clip, names), cfg["recipe"]["points"], [], {}
     out = Path(ask.out)
+    if out.resolve() == folder.resolve():
+        raise InputError(f"--out {out}: the boxes lie there and would be written over; give "
+                         "another folder")
     out.mkdir(parents=True, exist_ok=True)
     for path in files:
         _, boxes = read_boxes(path)                                     # (k, 6)
         listed = json.loads(path.read_text(encoding="utf-8"))
-        vertices, polygons = read_ply(path.with_suffix(".ply").read_bytes())
-        xyz = columns(vertices, "x", "y", "z", kind=np.float64)
+        try:
+            vertices, polygons = read_ply(path.with_suffix(".ply").read_bytes())
+            xyz = columns(vertices, "x", "y", "z", kind=np.float64)
+        except Exception as error:          # whatever is wrong with it
+            raise broken(path.with_suffix(".ply"), error, "export it again") from None
         xyz = np.delete(xyz, [] if polygons is None else np.unique(polygons), 0)    # edges of boxes
         empty = 0
         for entry, box in zip(listed, boxes):

@@ -540,9 +540,16 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
     torch.testing.assert_close(seen[0], wanted, atol=1e-4, rtol=0)
     listed = json.loads(Path("named/room.json").read_text())
     assert [entry["class"] for entry in listed] == ["chair", "table", "a"]
-    c2p.main(["--eval", str(finished[0]), "--detections", "out", "--classes", "chair, table",
-              "--out", "named", *CPU])                  # and with the real tower
+    words = ["--eval", str(finished[0]), "--detections", "out", "--classes", "chair, table", *CPU]
+    c2p.main([*words, "--out", "named"])                # and with the real tower
     assert "room: " in capsys.readouterr().out and named is c2p.features_of
+    with pytest.raises(InputError, match="the boxes lie there and would be written over"):
+        c2p.main([*words, "--out", "out"])
+    with pytest.raises(InputError, match="truth2: has no room.json, val/room.json or"):
+        c2p.main([*words, "--root", "truth2", "--out", "named"])
+    Path("out/room.ply").write_bytes(Path("out/room.ply").read_bytes()[:500])
+    with pytest.raises(InputError, match="out/room.ply: cut short.*export it again"):
+        c2p.main([*words, "--out", "named"])
 
 
 @pytest.mark.parametrize("words, said", [
