@@ -107,7 +107,7 @@ def with_flags(recipe, args):
     return recipe._replace(warmup=min(recipe.warmup, recipe.epochs / 10))
 
 
-def shared_settings(args, recipe, synthetic_clip=None):
+def shared_settings(args, recipe):
     """The config of a new run, as far as all scripts share it, checked."""
     data = args.data or "synthetic"
     if not 0 < recipe.lr < math.inf:
@@ -125,7 +125,7 @@ def shared_settings(args, recipe, synthetic_clip=None):
         raise InputError("--no-transformer leaves nothing for --no-task-token, --unfreeze or "
                          "--deep-prompt to change; give one of them")
     return {"data": data, "root": args.root, "recipe": recipe._asdict(), "seed": args.seed or 0,
-            "clip": args.clip or (synthetic_clip if data == "synthetic" else "openai"),
+            "clip": args.clip or ("nano" if data == "synthetic" else "openai"),
             "precision": args.precision or "auto", "compile": args.compile,
             "accumulate": args.accumulate or 1, "workers": args.workers or os.cpu_count(),
             **{name: getattr(args, name) for name in ABLATIONS}}

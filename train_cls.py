@@ -54,10 +54,10 @@ RECIPES = {
     "scanobjectnn": MODELNET40._replace(points=2048, groups=128, stored=2048, pool=1, unit=False),
     "folder": MODELNET40._replace(pool=2),          # less sampling on a CPU
     # ours, sized for two CPU cores
-    "synthetic": MODELNET40._replace(points=512, groups=16, stored=1024, pool=2, epochs=6, warmup=1,
-                                     batch_size=16, lr=1e-3),
+    "synthetic": MODELNET40._replace(points=256, groups=16, neighbours=8, stored=1024, pool=4,
+                                     epochs=18, warmup=1, batch_size=16, lr=1e-3),
 }
-SYNTHETIC = (16, 6)         # objects of each class, to train and to test
+SYNTHETIC = (64, 20)        # objects of each class, to train and to test
 
 
 # ---- Data: files -> clouds in memory -> the points of a step, on the device ----------------------
@@ -392,7 +392,7 @@ def settings(args):
     fraction = 0.2 if args.test_fraction is None else args.test_fraction
     if not 0 < fraction < 1:
         raise InputError("--test-fraction must lie between 0 and 1")
-    cfg = shared_settings(args, recipe, synthetic_clip="random")
+    cfg = shared_settings(args, recipe)
     return {**cfg, "official": args.official, "text_loss": args.text_loss or "raw",
             "test_fraction": fraction}, None, None
 

@@ -837,7 +837,7 @@ def settings(args):
     if recipe.queries < MAX_BOXES:
         raise InputError(f"--queries {recipe.queries}: a scene may have {MAX_BOXES} boxes; give at "
                          "least that many")
-    cfg = shared_settings(args, recipe, synthetic_clip="timm:vit_tiny_patch16_224=random")
+    cfg = shared_settings(args, recipe)
     return {**cfg, "like": args.like, "skip_broken": args.skip_broken,
             "official": args.official}, None, None
 

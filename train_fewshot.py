@@ -71,7 +71,8 @@ RECIPES = {
 QUERIES = 20                                # test clouds of each class in an episode
 SYNTHETIC = (20, 20)                        # objects of each class, to train and to test
 SAMPLES = 4                                 # of each training cloud, drawn before the first epoch
-VARIANTS = ("frozen", "random", "unfreeze", "no-task-token", "deep-prompt", "no-transformer")
+VARIANTS = ("frozen", "shuffled", "random", "unfreeze", "no-task-token", "deep-prompt",
+            "no-transformer")
 
 TABLE3 = [(5, 10), (5, 20), (10, 10), (10, 20), (30, 10)]
 PUBLISHED = {                               # best epoch on the test clouds
@@ -341,7 +342,9 @@ class Encoders:
         text = prompt_features(clip, classes) if cfg["text_loss"] != "off" else None
         self.no_text = "" if cfg["text_loss"] == "off" else f": {clip.name} {clip.no_text}"
         self.text = None if text is None else text.to(setup.device)         # (C, 512)
-        self.frozen, self.random, self.unfrozen = self.hold(clip), None, None
+        self.frozen, self.shuffled, self.random, self.unfrozen = self.hold(clip), None, None, None
+        if "shuffled" in cfg["compare"]:
+            self.shuffled = self.hold(common.load_clip(f"{clip.name}=shuffled", cfg["seed"]))
         if "random" in cfg["compare"]:
             self.random = self.hold(common.load_clip(f"{clip.model}=random", cfg["seed"]))
         if "unfreeze" in cfg["compare"]:
@@ -355,8 +358,8 @@ class Encoders:
         return clip.to(self.setup.device)
 
     def classifier(self, variant, way, seed):
-        """A fresh model; frozen, random and unfreeze start from the same numbers."""
-        clip = self.random if variant == "random" else self.frozen
+        """A fresh model; frozen, shuffled, random and unfreeze start from the same numbers."""
+        clip = {"shuffled": self.shuffled, "random": self.random}.get(variant, self.frozen)
         if variant == "unfreeze":
             clip = copy.deepcopy(self.unfrozen)                 # as CLIP was at first
         torch.manual_seed(seed_of(*seed))
@@ -663,7 +666,7 @@ def settings(args):
     if not 0 < fraction < 1:
         raise InputError("--test-fraction must lie between 0 and 1")
     way, shot = args.way or 5, args.shot or 10
-    cfg = shared_settings(args, recipe, synthetic_clip="timm:vit_tiny_patch16_224=random")
+    cfg = shared_settings(args, recipe)
     return {**cfg, "way": way, "shot": shot, "table": args.table, "shots_all": args.shots_all,
             "settings": [list(s) for s in TABLE3] if args.table else [[way, shot]],
             "episodes": args.episodes or (5 if args.shots_all else 10), "folds": args.folds,

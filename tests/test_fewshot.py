@@ -356,7 +356,7 @@ def test_compare_trains_all_variants_on_the_same_episodes_from_the_same_start(
         return fresh(model, data, test, *rest)
 
     monkeypatch.setattr(fewshot, "train_episode", spy)
-    names = ["frozen", "random", "unfreeze", "no-task-token", "no-transformer"]
+    names = ["frozen", "shuffled", "random", "unfreeze", "no-task-token", "no-transformer"]
     fewshot.main([*small, "--seed", "1", "--compare", ",".join(names)])     # seed 0 made tiny_clip
     printed = capsys.readouterr().out
     assert len(seen) == 10
@@ -369,7 +369,7 @@ def test_compare_trains_all_variants_on_the_same_episodes_from_the_same_start(
     at = next(i for i, line in enumerate(lines) if "difference to frozen" in line)
     assert [line.split()[0] for line in lines[at + 1:at + 5]] == names[1:]
     trained = {t["variant"]: t["trained"] for t in results()["trainings"]}
-    assert trained["unfreeze"] > trained["frozen"] == trained["random"]
+    assert trained["unfreeze"] > trained["frozen"] == trained["shuffled"] == trained["random"]
     assert trained["random"] > trained["no-task-token"] > trained["no-transformer"]
 
 

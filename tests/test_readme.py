@@ -360,7 +360,7 @@ def named_after(words):
     text = " ".join(FORK.split())
     assert words in text
     sentence = re.split(r"\.(?: |$)", text.split(words, 1)[1])[0]
-    return re.findall(r"`(data/[^`]+)`", sentence)
+    return re.findall(r"`((?:data/|nanoclip)[^`]+)`", sentence)
 
 
 def fork(folder, script, *more):
@@ -473,6 +473,6 @@ def test_the_built_in_data_needs_the_files_that_readme_names(tmp_path, script):
         nano = f"nano={test_bench.nano_file(tmp_path)}"
         done = python(tmp_path, "-c", FEW_OBJECTS, "--clip", nano, *FAST[2:])
     else:
-        done = python(tmp_path, "-c", BUILT_IN.format(name, FEW[name]), *FAST, *SIZES[script])
+        done = python(tmp_path, "-c", BUILT_IN.format(name, FEW[name]), *FAST[2:], *SIZES[script])
     assert done.returncode == 0, done.stderr
     assert ENDS.get(script, "result   ") in done.stdout and "procedural" in done.stdout
