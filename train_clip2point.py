@@ -841,7 +841,7 @@ def settings(args):
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     if not 0 < recipe.temperature < math.inf:
         raise InputError(f"--temperature {recipe.temperature} must be above 0, and a number")
-    cfg = shared_settings(args, recipe, synthetic_clip="nano")
+    cfg = shared_settings(args, recipe)
     cfg.update(own, loss=args.loss or "both", from_scratch=args.from_scratch, up=args.up or "z")
     return cfg, None, None, ask
 
