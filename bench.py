@@ -481,8 +481,9 @@ def measure(workload, case, device, quick, can, facts):
 
 
 # ---- Training steps ------------------------------------------------------------------------------
-DATA = {"cls": "modelnet40", "fewshot": "modelnet40", "det": "scannet", "seg": "s3dis"}
-EPOCH = {"cls": 9843, "fewshot": 50, "det": 1201, "seg": 1000}          # samples
+DATA = {"cls": "modelnet40", "fewshot": "modelnet40", "det": "scannet", "seg": "s3dis",
+        "clip2point": "shapenet"}
+EPOCH = {"cls": 9843, "fewshot": 50, "det": 1201, "seg": 1000, "clip2point": 41_952}    # samples
 
 
 def training(task, device, batch, clip, precision):
@@ -494,6 +495,15 @@ def training(task, device, batch, clip, precision):
     run = Run(task, cfg, setup)
     run.begin(0)
     data, rows, cfg["classes"] = random_data(script, task, recipe, setup.device)
+    if task == "clip2point":
+        clip = script.load_clip(cfg["clip"], 0, setup.device)
+        data = data._replace(image=torch.randn(recipe.batch_size, 10, clip.visual.output_dim,
+                                               device=setup.device))
+        model = script.DepthTowers(clip.visual, ["depth"]).to(setup.device)
+        optimizer = script.optimizer_of(model, recipe._replace(lr=1e-6))
+        what = f"{recipe.points:,} points, 2 maps of {clip.size} x {clip.size}"
+        return (lambda: script.train_step(model, optimizer, data, rows, clip, run, rows),
+                model, run, recipe.batch_size, what)
     if task == "fewshot":
         model = script.Encoders(cfg, cfg["classes"], setup).classifier("frozen", 5, [0])
     else:
@@ -523,6 +533,10 @@ def random_data(script, task, recipe, device):
         samples = torch.rand(50, script.SAMPLES, n, 3, device=device)
         label = torch.arange(50, device=device) % 5
         return script.Objects(samples, label), torch.arange(B, device=device), ["class"] * 5
+    if task == "clip2point":
+        views = torch.tensor(script.AXIS10, device=device).float().expand(B, -1, -1)
+        xyz = torch.rand(B, 8192, 3, device=device)
+        return script.Pairs(xyz, xyz[:0], views, None, None), torch.arange(B, device=device), []
     if task == "det":
         size, scenes = torch.tensor([6., 7, 3]), []
         for i in range(B):
@@ -542,8 +556,10 @@ LABELS = {                  # what the profiler calls a part of a step -> its na
     "nanoepcl::knn": "KNN", "nanoepcl::ball_query": "ball query",
     "nanoepcl::interpolate": "interpolation", "nanoepcl::interpolate_backward": "interpolation",
     "tokenizer": "tokenizer", "frozen forward": "frozen forward", "model": "head",
-    "matching": "matching",
-    "autograd::engine::evaluate_function": "backward", "Optimizer.step#AdamW.step": "optimiser"}
+    "matching": "matching", "depth maps": "depth maps", "tower forward": "tower forward",
+    "loss": "loss",
+    "autograd::engine::evaluate_function": "backward", "Optimizer.step#AdamW.step": "optimiser",
+    "Optimizer.step#Lamb.step": "optimiser"}
 
 
 def show_parts(model):
@@ -555,10 +571,19 @@ def show_parts(model):
         module.register_forward_hook(lambda *_: spans.pop().__exit__(None, None, None))
 
     show(model, "model")
-    for module in model.downs if hasattr(model, "downs") else [model.tokenizer]:
-        show(module, "tokenizer")
-    for block in model.encoder.clip.blocks:
-        show(block, "frozen forward")
+    if hasattr(model, "encoder"):
+        for module in model.downs if hasattr(model, "downs") else [model.tokenizer]:
+            show(module, "tokenizer")
+    blocks, name = transformer_of(model)
+    for block in blocks:
+        show(block, name)
+
+
+def transformer_of(model):
+    """-> its blocks, what their pass is called: EPCL's is frozen, CLIP2Point trains a tower."""
+    if hasattr(model, "encoder"):
+        return model.encoder.clip.blocks, "frozen forward"
+    return model.towers["depth"].transformer.resblocks, "tower forward"
 
 
 def parts_of(step, device, usual):
@@ -595,9 +620,8 @@ def train(task, device, batch, clip, precision, repeat):
     step, model, run, B, what = training(task, device, batch, clip, precision)
     device, setup = run.setup.device, run.setup
     model.train()
-    shapes = []
-    block = model.encoder.clip.blocks[0]
-    hook = block.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    shapes, (blocks, forward) = [], transformer_of(model)
+    hook = blocks[0].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     memory = peak(step, device)
     if not shapes:                                      # a CPU does not count memory
         step()
@@ -606,7 +630,7 @@ def train(task, device, batch, clip, precision, repeat):
     show_parts(model)
     seconds = parts_of(step, device, float(np.median(ms)) / 1e3)
     b, L, D = shapes[0]
-    flop = b * len(model.encoder.clip.blocks) * (24 * L * D * D + 4 * L * L * D)
+    flop = b * len(blocks) * (24 * L * D * D + 4 * L * L * D)
     can, facts, median = floors(device), machine(device), float(np.median(ms))
     whole_step = sum(seconds.values())
     line = {"kind": "train", "task": task, "what": what, "batch": B,
@@ -614,7 +638,7 @@ def train(task, device, batch, clip, precision, repeat):
             "ms": median, "spread": float(np.ptp(ms) / median),
             "samples_per_second": 1e3 * B / median, "epoch_samples": EPOCH[task],
             "epoch_seconds": median / 1e3 * EPOCH[task] / B, "mb": memory,
-            "frozen_tflops": flop / seconds["frozen forward"] / 1e12,
+            "frozen_tflops": flop / seconds[forward] / 1e12,
             "product_tflops": can["flop"] / 1e12,
             "parts": {name: s / whole_step for name, s in seconds.items()}}
     write({**line, **facts})
@@ -624,8 +648,8 @@ def train(task, device, batch, clip, precision, repeat):
     print(f"step     {median:.1f} ms (spread {100 * line['spread']:.0f} %), "
           f"{line['samples_per_second']:.2f} samples a second, {line['epoch_seconds']:.1f} s for "
           f"{EPOCH[task]:,} samples{memory}")
-    print(f"frozen   {line['frozen_tflops']:.2f} TFLOP/s forward; a matrix product reaches "
-          f"{line['product_tflops']:.2f}")
+    print(f"{forward.split()[0]:8s} {line['frozen_tflops']:.2f} TFLOP/s forward; a matrix product "
+          f"reaches {line['product_tflops']:.2f}")
     shares = sorted(line["parts"].items(), key=lambda item: -item[1])
     print("parts    " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares))
 
@@ -693,7 +717,7 @@ def main(argv=None):
     flag("what", choices=["kernels", "train", "table"])
     flag("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     flag("--quick", action="store_true", help="kernels: only what is over in seconds on a CPU")
-    flag("--task", choices=["cls", "fewshot", "det", "seg"], default="cls",
+    flag("--task", choices=DATA, default="cls",
          help="train: whose step")
     flag("--batch-size", type=whole(2), metavar="B", help="train: instead of the recipe's")
     flag("--clip", default="random", metavar="NAME",

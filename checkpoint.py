@@ -94,10 +94,10 @@ def tensors(x):
         and not w.is_complex() and isinstance(name, str) for name, w in x.items())
 
 
-def moments(x):                             # of AdamW, or train_clip.py's Muon
+def moments(x):                             # of AdamW, LAMB, or train_clip.py's Muon
     return isinstance(x, dict) and len(x) > 0 and all(map(tensors, x.values())) and all(
-        part.keys() in ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})
-        for part in x.values())
+        part.keys() in ({"step", "exp_avg", "exp_avg_sq"}, {"exp_avg", "exp_avg_sq"},
+                        {"step", "momentum"}) for part in x.values())
 
 
 def trained(sums):

@@ -274,8 +274,8 @@ def shuffle(parts, seed):
                 weight.copy_(weight.flatten()[order].view_as(weight))
 
 
-def from_open_clip(name, seed):
-    """-> name of the model, open_clip's CLIP, its tokenizer.
+def from_open_clip(name, seed, used=None):
+    """-> name of the model, open_clip's CLIP, its tokenizer. used: as OPEN_CLIP_USED, its default.
 
     OpenAI trained with QuickGELU, x * sigmoid(1.702 x). In a model with exact GELU the same weights
     load without a word and every block computes something else; hence "-quickgelu", and hence a
@@ -302,7 +302,8 @@ def from_open_clip(name, seed):
         raise InputError(f"--clip {name}: not a name this program knows; give {CLIP_NAMES}")
     model, tokenizer = open_clip_model(model_name, tag, seed)
     if state is not None:
-        load_weights(model, state, OPEN_CLIP_USED, f"--clip {name}: its weights", model_name)
+        load_weights(model, state, used or OPEN_CLIP_USED, f"--clip {name}: its weights",
+                     model_name)
     return model_name, model, tokenizer
 
 

@@ -20,6 +20,8 @@ from run import InputError
 
 FILE = Path(__file__).parent / "data" / "nanoclip.safetensors"
 SHA256 = "5b83a1b0b5eef39ed2d8a8483a4e1dc7d56624f6933943c59ce4c8c25f33b754"   # of FILE
+DEPTH_FILE = FILE.with_name("nanodepth.safetensors")    # what train_clip2point.py made of it
+DEPTH_SHA256 = "d45f1e45750c34775953e71c06c2a8c1cf5460826321c9a921408c20873e84cb"
 SIZE = range(1, 1025)               # a larger one would be built before it is refused
 ABOUT = {                       # form of what the file says of itself; checkpoint.misfit
     "words": [str], "config": {
@@ -116,3 +118,27 @@ def load(path=None, seed=None):
     if seed is None:
         load_weights(model, state, where=f"--clip nano: {path}: its weights", what="its config")
     return model.eval(), tokenize
+
+
+def save_depth(path, tower, image):
+    """A depth tower in fp16. image: fingerprint of the image tower that it was taught by."""
+    from safetensors.torch import save_file
+    state = {name: w.detach().cpu().half() if w.is_floating_point() else w.detach().cpu()
+             for name, w in tower.state_dict().items()}
+    save_file({name: w.contiguous() for name, w in state.items()}, path, {"image": image})
+
+
+def load_depth(tower, image):
+    """The depth tower of this repository into `tower`, a copy of the image tower."""
+    from safetensors import safe_open
+    if not DEPTH_FILE.is_file():
+        raise InputError(f"{DEPTH_FILE}: is missing; restore it, or make one with python "
+                         "train_clip2point.py and pass --eval RUN")
+    if hashlib.sha256(DEPTH_FILE.read_bytes()).hexdigest() != DEPTH_SHA256:
+        raise InputError(f"{DEPTH_FILE}: is not the file of this repository; restore it, or pass "
+                         "--eval RUN if you trained it")
+    with safe_open(DEPTH_FILE, "pt") as file:
+        if file.metadata()["image"] != image:
+            raise InputError(f"{DEPTH_FILE}: was taught by another nano-CLIP than {FILE}; restore "
+                             "both, or make one with python train_clip2point.py")
+        tower.load_state_dict({name: file.get_tensor(name) for name in file.keys()})

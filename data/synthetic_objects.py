@@ -1326,7 +1326,11 @@ def scan_object(vertices, faces, points, rng):
     """Random yaw and proportions, a partial view, noise: mesh -> (points, 3) float32, in metres."""
     rotation = yaw(rng.uniform(0, 2 * np.pi))
     stretch = rng.uniform(1 - STRETCH, 1 + STRETCH, 3)
-    vertices = (vertices * stretch @ rotation).astype(np.float32)
+    return scan_as_it_stands((vertices * stretch @ rotation).astype(np.float32), faces, points, rng)
+
+
+def scan_as_it_stands(vertices, faces, points, rng):
+    """A partial view of a mesh (V, 3) float32, with noise -> (points, 3) float32, in its frame."""
     middle = (vertices.min(0) + vertices.max(0)) / 2
     radius = np.linalg.norm(vertices - middle, axis=1).max()
 

@@ -21,7 +21,9 @@ import common
 import look
 import run as run_module
 import test_bench
+import test_clip2point
 import test_look
+import train_clip2point
 import train_cls
 import train_det
 import train_fewshot
@@ -233,6 +235,44 @@ def test_each_segmentation_command_runs(command, tmp_path, monkeypatch, tiny_cli
     assert list(Path("runs").glob("seg-*/results.json"))
 
 
+@commands_of("train_clip2point.py")
+def test_each_clip2point_command_runs(command, tmp_path, monkeypatch, capsys):
+    """As written, with a small nano-CLIP, few clouds for the data set, and two epochs."""
+    words = words_of(command, "train_clip2point.py", objects="1")
+    nano, script = f"nano={test_bench.nano_file(tmp_path)}", train_clip2point
+    test_clip2point.shrink(monkeypatch, tmp_path, nano)
+    load, pairs = script.load_clip, script.load_pairs
+    monkeypatch.setattr(script, "load_clip", lambda name, *a: load(nano, *a))
+    monkeypatch.setattr(script, "load_pairs", lambda cfg, *a: pairs(
+        {**cfg, "data": "synthetic", "workers": 1}, *a))
+    xyz = torch.from_numpy(np.stack([c for k in shapes(3).values() for c in k])).float()
+    monkeypatch.setattr(script, "load_test", lambda name, *_: (
+        script.Test(name, xyz, torch.arange(3).repeat_interleave(3)),
+        (xyz, torch.arange(3).repeat_interleave(3)), ("cup", "night_stand", "bed"), "small"))
+    run = run_above(words, script.main, monkeypatch)
+    write_off = test_clip2point.write_off
+    write_off(Path("chair.off"), "chair", 0)
+    vertices, faces = train_clip2point.objects.Source("chair", 0, "chair.off").read()
+    Path("chair.obj").write_text("".join("v {} {} {}\n".format(*v) for v in vertices) + "".join(
+        "f {} {} {}\n".format(*face) for face in faces + 1), encoding="utf-8")
+    write_ply(Path("scan.ply"), vertices[np.arange(300) % len(vertices)])
+    Path("look").mkdir()
+    write_ply(Path("look/room.ply"), vertices[np.arange(300) % len(vertices)])
+    Path("look/room.json").write_text(json.dumps([{"class": "bed", "size": [4, 4, 4],
+                                                   "center": [0, 0, 0]}]), encoding="utf-8")
+    capsys.readouterr()
+    script.main(words)
+    printed = capsys.readouterr().out
+    if "--predict" in words:
+        assert printed.count("chair ") == 2 and Path("predicted/look.png").is_file()
+    elif "--detections" in words:
+        assert printed.startswith("room: 1 ") and Path("predicted/room.json").is_file()
+    else:
+        shots = "--shots" in words or not {"--data", "--zero-shot"} & set(words)
+        assert ("dual-path adapter" in printed) == shots
+        assert "CLIP's image tower" in printed
+
+
 @commands_of("bench.py")
 def test_each_benchmark_command_runs(command, tmp_path, monkeypatch, capsys):
     test_bench.small(monkeypatch, tmp_path)
@@ -287,7 +327,8 @@ def test_each_command_of_the_built_in_data_runs(command, tmp_path):
 def test_every_command_of_readme_and_docs_is_covered_by_a_test_above():
     for command in COMMANDS:
         assert any(word in command for word in (
-            "train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py", "bench.py",
+            "train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py",
+            "train_clip2point.py", "bench.py",
             "python look.py", "python kernels/", "python -m data.", "pytest")), command
 
 
@@ -413,6 +454,12 @@ FEW_PICTURES = """import sys, train_clip as t; t.TEST = (1, 2); t.RECIPES["synth
 t.main(sys.argv[1:])"""
 
 
+FEW_OBJECTS = """import sys, train_clip2point as t; t.HELD_OUT, t.SCANS = (1, 303), ((2, 1), (1, 2))
+t.RECIPES["synthetic"] = t.RECIPES["synthetic"]._replace(objects=1, pictures=2, batch_size=20,
+                                                         points=256, adapter=1)
+t.main(sys.argv[1:])"""
+
+
 @pytest.mark.parametrize("script", sorted(ROWS))
 def test_the_built_in_data_needs_the_files_that_readme_names(tmp_path, script):
     more = named_after("The built-in data, which a script takes without `--data`, needs")
@@ -422,6 +469,9 @@ def test_the_built_in_data_needs_the_files_that_readme_names(tmp_path, script):
     name = script.removesuffix(".py")
     if script == "train_clip.py":
         done = python(tmp_path, "-c", FEW_PICTURES, *FAST[2:])
+    elif script == "train_clip2point.py":
+        nano = f"nano={test_bench.nano_file(tmp_path)}"
+        done = python(tmp_path, "-c", FEW_OBJECTS, "--clip", nano, *FAST[2:])
     else:
         done = python(tmp_path, "-c", BUILT_IN.format(name, FEW[name]), *FAST[2:], *SIZES[script])
     assert done.returncode == 0, done.stderr
