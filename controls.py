@@ -30,6 +30,8 @@ SCRIPT = Path(__file__).parent / "train_cls.py"
 def variants_of(clip, text_loss):
     """-> {row of the table: flags of train_cls.py}, in groups that share the text loss. The first
     of a group is what its others are compared with."""
+    if clip.endswith(("random", "shuffled")):
+        raise InputError(f"--clip {clip}: is a control itself; pass weights that were pretrained")
     loaded = common.load_clip(clip)
     off = ["--text-loss", "off"]
     without = {

@@ -88,4 +88,6 @@ def test_what_cannot_be_done_is_one_line(trained):
         controls.main(["--out", "bad", "--epochs", "3"])
     with pytest.raises(InputError, match="--seed: controls.py gives it to train_cls.py itself"):
         controls.main(["--seed", "3"])
+    with pytest.raises(InputError, match="--clip nano=random: is a control itself"):
+        controls.main(["--clip", "nano=random"])
     assert json.loads(Path("bad/controls.json").read_text())["flags"] == ["--fail", "1"]
