@@ -18,11 +18,15 @@ from PIL import Image
 
 import bench
 import common
+import controls
 import look
 import run as run_module
 import test_bench
+import test_clip
 import test_clip2point
+import test_controls
 import test_look
+import train_clip
 import train_clip2point
 import train_cls
 import train_det
@@ -273,6 +277,37 @@ def test_each_clip2point_command_runs(command, tmp_path, monkeypatch, capsys):
         assert "CLIP's image tower" in printed
 
 
+@commands_of("train_clip.py")
+def test_each_nano_clip_command_runs(command, tmp_path, monkeypatch, capsys):
+    """As written, with few pictures and few clouds for the data set."""
+    words = words_of(command, "train_clip.py")
+    monkeypatch.setitem(train_clip.RECIPES, "synthetic", test_clip.SMALL)
+    monkeypatch.setattr(train_clip, "TEST", (1, 2))
+    monkeypatch.setattr(train_clip, "prepared_folder", lambda root, name: tmp_path)
+    monkeypatch.setattr(train_clip.objects, "prepare", lambda *args: args[1])
+    xyz = np.concatenate(list(shapes(2).values())).astype(np.float32)
+    monkeypatch.setattr(train_clip.objects, "load", lambda *args, fraction: (
+        None, (xyz, np.arange(3).repeat(2)), ("cup", "night_stand", "thing"), "small clouds"))
+    monkeypatch.chdir(tmp_path)
+    run_above(words, train_clip.main, monkeypatch)
+    capsys.readouterr()
+    train_clip.main(words)
+    printed = capsys.readouterr().out
+    assert "result   held-out renders, by prompt" in printed
+    assert ("real     4 clouds of 2 classes" in printed) == ("--real" in words)
+
+
+@commands_of("python controls.py")
+def test_each_command_of_the_controls_runs(command, tmp_path, monkeypatch, capsys):
+    """As written, with a train_cls.py that is done at once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(controls, "SCRIPT", tmp_path / "script.py")
+    Path("script.py").write_text(test_controls.SCRIPT, encoding="utf-8")
+    controls.main([*words_of(command, "controls.py"), "--seeds", "1"])
+    assert "| shuffled, frozen, text loss | 1,234 |" in capsys.readouterr().out
+
+
 @commands_of("bench.py")
 def test_each_benchmark_command_runs(command, tmp_path, monkeypatch, capsys):
     test_bench.small(monkeypatch, tmp_path)
@@ -328,7 +363,7 @@ def test_every_command_of_readme_and_docs_is_covered_by_a_test_above():
     for command in COMMANDS:
         assert any(word in command for word in (
             "train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py",
-            "train_clip2point.py", "bench.py",
+            "train_clip2point.py", "train_clip.py", "controls.py", "bench.py",
             "python look.py", "python kernels/", "python -m data.", "pytest")), command
 
 
