@@ -147,14 +147,11 @@ class Clip(NamedTuple):
 
 
 def load_clip(name, seed, device):
-    base = name.removesuffix("=shuffled")
+    base = common.base_of(name)
     if base.startswith("timm:"):
         raise InputError(f"--clip {name}: has no text tower, and CLIP2Point names by prompts")
-    if base == "nano" or base.startswith("nano="):
-        model_name, model, tokenize = common.nano(base, seed)
-    else:
-        used = (*common.OPEN_CLIP_USED, "visual.conv1.")
-        model_name, model, tokenize = common.from_open_clip(base, seed, used)
+    used = (*common.OPEN_CLIP_USED, "visual.conv1.")
+    model_name, model, tokenize = common.whole_clip(base, seed, used)
     model = model.eval().requires_grad_(False)
     if name != base:
         common.shuffle({"visual": model.visual}, seed)

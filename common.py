@@ -237,15 +237,12 @@ def print_warning(run, name):
 
 def load_clip(name, seed=0, trainable=False):
     """FrozenCLIP from a --clip name (`CLIP_NAMES`). What is random or shuffled, is so by `seed`."""
-    base = name.removesuffix("=shuffled")
-    if base != name and base.endswith("random"):
-        raise InputError(f"--clip {name}: random weights are not worth a shuffle; pass {base}")
+    base = base_of(name)
     if base.startswith("timm:"):
         vit, _, path = base[5:].partition("=")
         model_name, parts, text = f"timm:{vit}", timm_parts(vit, path, seed), None
     else:
-        of_nano = base == "nano" or base.startswith("nano=")
-        model_name, model, tokenizer = nano(base, seed) if of_nano else from_open_clip(base, seed)
+        model_name, model, tokenizer = whole_clip(base, seed)
         parts = open_clip_parts(model.visual)
         text = model.requires_grad_(False).encode_text, tokenizer
     if name.endswith("random"):
@@ -253,6 +250,21 @@ def load_clip(name, seed=0, trainable=False):
     if name != base:                        # the text tower stays: a control differs in one thing
         shuffle(parts, seed)
     return FrozenCLIP(name, model_name, parts, text, trainable)
+
+
+def base_of(name):
+    """NAME of NAME=shuffled; any other name as it is."""
+    base = name.removesuffix("=shuffled")
+    if base != name and base.endswith("random"):
+        raise InputError(f"--clip {name}: random weights are not worth a shuffle; pass {base}")
+    return base
+
+
+def whole_clip(name, seed, used=None):
+    """-> what is computed, CLIP with both towers, its tokenizer. used: of `from_open_clip`."""
+    if name == "nano" or name.startswith("nano="):
+        return nano(name, seed)
+    return from_open_clip(name, seed, used)
 
 
 def nano(name, seed):

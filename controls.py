@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import common
+from data.files import read_json, reading
 from run import InputError, Parser, main_guard, whole
 from train_fewshot import paired, percent
 
@@ -82,7 +83,9 @@ def train_all(todo, jobs):
 
 
 def result_of(folder):
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    path = folder / "results.json"
+    with reading(path, "remove it, and train_cls.py --resume writes it again"):
+        return read_json(path)
 
 
 def table(groups, seeds, out):
@@ -130,8 +133,11 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {"clip": args.clip, "text_loss": args.text_loss, "flags": rest}
     kept = args.out / "controls.json"
-    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != settings:
-        raise InputError(f"{kept}: the trainings there had other flags; give another --out")
+    if kept.is_file():
+        with reading(kept, "give another --out"):
+            same = read_json(kept) == settings
+        if not same:
+            raise InputError(f"{kept}: the trainings there had other flags; give another --out")
     kept.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     todo = []
     for group, seed in itertools.product(groups, range(args.seeds)):    # what is compared, first

@@ -20,9 +20,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 import run                                  # before torch: Ctrl-C during the imports
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn

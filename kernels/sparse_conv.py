@@ -307,7 +307,8 @@ def devoxelise(x, cloud, xyz):
     A voxel stands at its coords. Of the eight around a point those that are missing are left out
     and the weights of the others sum to 1; without any, features are 0. Gradients go to x.feats."""
     if xyz.dim() != 2 or xyz.shape[1] != 3 or cloud.shape != xyz.shape[:1]:
-        raise ValueError(f"devoxelise: cloud {[*cloud.shape]}, xyz {[*xyz.shape]}: pass (N,), (N, 3)")
+        raise ValueError(f"devoxelise: cloud {[*cloud.shape]}, xyz {[*xyz.shape]}; pass (N,), "
+                         "(N, 3)")
     place = xyz.detach().float().clamp(-FARTHEST - 500, FARTHEST + 500) / x.stride
     low = place.floor()
     corners = torch.tensor(TAPS[2], device=xyz.device)  # (8, 3)

@@ -33,6 +33,15 @@ def poison_empty(monkeypatch):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """So little work is not worth two, which wait for each other where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def triton_device(request, monkeypatch):
     """Where the public functions run Triton: on the CPU by its interpreter, or on a CUDA card."""

@@ -31,13 +31,7 @@ FILES = [importlib.import_module(f"kernels.{name}")
          for name in ("fps", "knn", "ball_query", "interpolate", "splat", "sparse_conv")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """So little work is not worth two, which wait for each other where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(monkeypatch, folder):

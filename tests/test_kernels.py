@@ -1021,7 +1021,8 @@ def test_a_gpu_on_which_triton_cannot_run_takes_the_torch_path(monkeypatch, caps
     with pytest.raises(RuntimeError, match="C compiler"):  # the interpreter: a mistake in a kernel
         launch_file.launch("splat", cpu, no_compiler, lambda: "torch")
 
-    with pytest.raises(SystemExit):  # a file that checks itself must not call torch's result its own
+    # a file that checks itself must not call torch's result its own
+    with pytest.raises(SystemExit):
         launch_file.fastest(lambda: "torch", torch.device("cpu"))
 
     def no_memory():

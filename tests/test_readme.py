@@ -42,7 +42,7 @@ FENCES = re.compile(r"^```.*?^```$", re.M | re.S)       # what programs printed,
 COMMANDS = list(dict.fromkeys(
     line.strip() for page in PAGES for line in FENCES.sub("", page).splitlines()
     if line.startswith("    ")))
-one_thread = test_bench.one_thread                      # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def commands_of(word):

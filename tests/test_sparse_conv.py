@@ -13,20 +13,11 @@ from kernels import SparseTensor, devoxelise, strided_conv, submanifold_conv, tr
 
 sparse = importlib.import_module("kernels.sparse_conv")
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [pytest.mark.usefixtures("poison_empty"),
+pytestmark = [pytest.mark.usefixtures("poison_empty", "one_thread"),
               pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
 # of the largest value: fp32 sums in another order; a result rounded once to bf16 or fp16
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 LOW = -4  # the lowest coordinate of `voxels`: below zero, and even, where dense strides begin
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """So little work is not worth two, which wait for each other where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def voxels(clouds, side, share, device="cpu", seed=0):
@@ -318,7 +309,8 @@ def test_bad_input_is_refused_in_a_sentence():
             (lambda: submanifold_conv(x, torch.zeros(8, 2, 4)), r"be \(27, 2, D\) .*\(8, 2, 4\)"),
             (lambda: strided_conv(x, torch.zeros(8, 3, 4)), r"must be \(8, 2, D\) .*\(8, 3, 4"),
             (lambda: transposed_conv(x, torch.zeros(8, 2, 4)), "stride 1 and does not come from a"),
-            (lambda: devoxelise(x, torch.zeros(2), torch.zeros(3, 3)), r"cloud \[2\], xyz \[3, 3\]")):
+            (lambda: devoxelise(x, torch.zeros(2), torch.zeros(3, 3)),
+             r"cloud \[2\], xyz \[3, 3\]")):
         with pytest.raises(ValueError, match=message):
             bad()
 
