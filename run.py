@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -259,7 +260,7 @@ class Stopper:
     """Ctrl-C or SIGTERM asks the loop to stop after the step; a second one ends it at once."""
 
     def __init__(self):
-        self.asked, self.handlers = False, {}
+        self.asked, self.handlers, self.parent = False, {}, os.getppid()
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -279,8 +280,9 @@ class Stopper:
             return self.asked
         if step % 10:                       # processes must agree, which costs time: ask seldom
             return False
+        asked = self.asked or os.getppid() != self.parent       # torchrun was killed
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return all_reduce(torch.tensor(float(self.asked), device=device)).item() > 0
+        return all_reduce(torch.tensor(float(asked), device=device)).item() > 0
 
 
 class Run:
@@ -518,8 +520,9 @@ def main_guard(main):
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)                   # does the first one say it, torchrun ends us meanwhile
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:                # no permission, a file where a folder should be
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -533,6 +536,13 @@ def main_guard(main):
         file = f"{error.name.replace('.', '/')}.py"
         print(f"error: {file} is missing; copy it from nanoEPCL, too", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:           # gloo's and NCCL's words when a process was killed
+        if world_size() == 1 or not re.search("onnection|remote process", str(error)):
+            raise
+        if rank() == 0:
+            print("error: another process of this run was ended; --resume goes on from the last "
+                  "checkpoint", file=sys.stderr, flush=True)
+        os._exit(1)
     except KeyboardInterrupt:               # before the loop, or a second time in it
         print("stopped; nothing after the last checkpoint is saved", file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,7 @@
 """Files that cannot be read: whatever is in them, one line that names the file."""
 import copy
 import importlib
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_files import CLOUD, CUBE, FACES, array, off, pcd, pcd_columns, pcd_rows, ply, ply_mesh
 from test_scannet import TSV, raw_scan
 
@@ -23,7 +25,7 @@ import run
 import train_clip
 import train_cls
 import train_fewshot
-from data import files, objects, prepared, s3dis, scannet, synthetic_rooms
+from data import files, objects, prepared, s3dis, scannet, shapenet, synthetic_rooms
 from data.files import BrokenFile
 from run import InputError
 
@@ -39,6 +41,8 @@ ROOM = array(CLOUD, np.savez, xyz=CLOUD, label=np.arange(50) % 3, instance=np.ar
 BOXES = [{"class": "chair", "center": [0, 0, 1.5], "size": [1, 2, 1]}]
 EPISODE = {"classes": ["b", "a"], "train": [[2], [0]], "test": [[2, 3], [0, 1]],
            "of": {"train": 6, "test": 6}}
+PICTURE = io.BytesIO()
+Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(16, 16, 4)).save(PICTURE, "PNG")
 LINES = "".join(json.dumps({"epoch": i, "accuracy": i / 9, "miou": None}) + "\n" for i in (1, 2))
 DAT = [[np.float32(CLOUD)] * 3, [np.int32([1]), np.int32([0]), np.int32([2])]]
 FOLD = {part: [(np.float32(CLOUD), k, 5 - k) for k in (0, 1)] for part in ("train", "test")}
@@ -92,6 +96,8 @@ READERS = {                                             # file: what is in it, w
     "fold.pkl": (pickle.dumps(FOLD, 5), lambda p: objects.read_fold(p, range(9), 2, 1, 4)),
     "0.json": (json.dumps(EPISODE).encode(), episode),
     "metrics.jsonl": (LINES.encode(), lambda p: look.curves_of(p.parent)),
+    "model.npy": (array(np.tile(np.float32(CLOUD), (21, 1))), shapenet.read_cloud),
+    "0.png": (PICTURE.getvalue(), lambda p: shapenet.read_pictures([p], 16)),
 }
 
 

@@ -289,7 +289,7 @@ def script(*args):
 
 def test_an_error_is_one_line_on_stderr_and_exit_code_2():
     process = script("train_cls.py", "--data", "folder", "--root", "no/such/folder")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 2 and out == ""
     assert err.count("\n") == 1
     assert err.startswith("error: --root no/such/folder: no such file or folder")
@@ -298,18 +298,23 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_2():
 def test_help_needs_no_gpu_no_weights_and_no_triton():
     code = "import sys; sys.modules['triton'] = None; import train_cls; train_cls.main(['--help'])"
     process = script("-c", code)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and "--no-task-token" in out and "modelnet40" in out, err
+
+
+def when_saved(process, folder):
+    """Wait until a training has a checkpoint. The limits here are for a machine that is busy."""
+    deadline = time.time() + 600
+    while not (folder / "last.pt").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.05)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(folder, tiny_clip, tmp_path):
     more = arguments(folder, tiny_clip, tmp_path / "run", "--epochs", "5000")
     process = script("train_cls.py", *more)
-    deadline, last = time.time() + 120, tmp_path / "run" / "last.pt"
-    while not last.exists() and time.time() < deadline and process.poll() is None:
-        time.sleep(0.05)
+    when_saved(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert f"go on with: python train_cls.py --resume {tmp_path / 'run'}" in out
     assert "Traceback" not in err
@@ -334,13 +339,34 @@ def test_two_processes_follow_the_loss_curve_of_one(folder, tiny_clip, tmp_path)
     for name, launcher in (("one", ()), ("two", torchrun)):
         process = script(*launcher, str(tmp_path / "no_dropout.py"),
                          *arguments(folder, tiny_clip, tmp_path / name, *slow))
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
     assert "2 processes" in out and out.count("result ") == 1
     for two, one in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["train_accuracy"] == one["train_accuracy"]
         assert two["accuracy"] == one["accuracy"]
+
+
+def test_a_killed_process_ends_the_others_with_one_line(folder, tiny_clip, tmp_path):
+    more = arguments(folder, tiny_clip, tmp_path / "run", "--epochs", "5000", "--device", "cpu")
+    process = script("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29523",
+                     "train_cls.py", *more)
+    when_saved(process, tmp_path / "run")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.terminate()
+        pytest.skip("needs Linux: finds the processes of torchrun in /proc")
+    first, second = map(int, children.read_text().split()[:2])
+    os.kill(second, signal.SIGKILL)
+    begin = time.time()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 1 and time.time() - begin < 60
+    assert err.count("error: another process of this run was ended; --resume goes on") == 1
+    assert "[rank" not in err, err                      # torchrun has a report of its own
+    assert not Path(f"/proc/{first}").exists()
+    assert checkpoint.load_checkpoint(tmp_path / "run", "cls")["at"]["epoch"] >= 1
+
 
 
 def test_a_compiled_model_has_no_graph_break_and_learns_the_same(

@@ -231,7 +231,7 @@ def test_two_runs_may_prepare_at_once(raw):
     env = {**os.environ, "PYTHONPATH": str(Path(scannet.__file__).parent.parent)}
     runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [run.communicate(timeout=120) for run in runs]
+    said = [run.communicate(timeout=600) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert said[0][0] == said[1][0] and len(list((raw / ".nanoepcl/scannet").iterdir())) == 3
 

@@ -561,7 +561,7 @@ def test_two_processes_follow_the_loss_curve_of_one(own, tiny_clip, tmp_path):
         command = [sys.executable, *launcher, str(tmp_path / "small.py"), "--data", "folder",
                    "--root", str(own), "--clip", tiny_clip, "--device", "cpu",
                    "--out", str(tmp_path / folder)]
-        done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)
+        done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=600)
         assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout and done.stdout.count("result ") == 1
     for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
