@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 import common
 import render
-from checkpoint import check_frozen, load_weights, saved_settings, trained
+from checkpoint import amount, check_frozen, load_weights, saved_settings, trained
 from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
 from data import objects
 from kernels import farthest_point_sample
@@ -83,10 +83,24 @@ def load_data(cfg):
         *parts, classes, form = objects.load(path, recipe.points, cfg["test_fraction"],
                                              cfg["split"])
     train, test = (Objects(*map(torch.from_numpy, part)) for part in parts)
+    if cfg.get("train_fraction", 1) < 1:
+        rows = few_of(train.label, cfg["train_fraction"], cfg["seed"])
+        form += f"; {len(rows):,} of {len(train.label):,} training objects, drawn from the seed"
+        train = Objects(train.xyz[rows], train.label[rows])
     if recipe.unit:                         # over all stored points, as released
         train = train._replace(xyz=objects.unit_sphere(train.xyz))
         test = test._replace(xyz=objects.unit_sphere(test.xyz))
     return train, test, classes, form
+
+
+def few_of(label, fraction, seed):
+    """Rows of a random `fraction` of each class, at least one of it, in their order."""
+    draw, rows = torch.Generator().manual_seed(seed_of(seed)), []
+    for k in label.unique():
+        mine = (label == k).nonzero()[:, 0]
+        count = max(1, round(fraction * len(mine)))
+        rows.append(mine[torch.randperm(len(mine), generator=draw)[:count]])
+    return torch.cat(rows).sort().values
 
 
 @record_function("data")
@@ -368,6 +382,8 @@ def flags(argv):
          help="similarities with CLIP's text features (default: raw, as the release)")
     flag("--test-fraction", type=float, metavar="F",
          help="--data folder without train/ and test/: share set aside to test (default 0.2)")
+    flag("--train-fraction", type=float, metavar="F",
+         help="train on this share of each class, drawn from --seed (default: all)")
     flag("--vote", type=whole(2), metavar="V", help="report the vote over V augmented samples, too")
     flag("--predict", nargs="+", metavar="FILE",
          help="with --eval RUN: print the five likeliest classes of meshes or clouds")
@@ -385,6 +401,7 @@ def check_sizes(recipe):
 SAVED = {                                   # forms of the settings that are this script's own
     "data": (*RECIPES,), "classes": [str], "official": (None, str),
     "text_loss": ("raw", "cosine", "off"), "test_fraction": float,
+    "train_fraction": (..., lambda x: amount(x) and 0 < x <= 1),
     "split": (..., None, [[str], [str]]), "up": (..., "y", "z")}
 
 
@@ -406,9 +423,12 @@ def settings(args):
     fraction = 0.2 if args.test_fraction is None else args.test_fraction
     if not 0 < fraction < 1:
         raise InputError("--test-fraction must lie between 0 and 1")
+    few = 1.0 if args.train_fraction is None else args.train_fraction
+    if not 0 < few <= 1:
+        raise InputError("--train-fraction must lie between 0 and 1")
     cfg = shared_settings(args, recipe)
     return {**cfg, "official": args.official, "text_loss": args.text_loss or "raw",
-            "test_fraction": fraction}, None, None
+            "test_fraction": fraction, "train_fraction": few}, None, None
 
 
 if __name__ == "__main__":

@@ -54,6 +54,20 @@ def test_an_object_that_cannot_be_used_is_named(tmp_path, change, words):
         train_cls.load_data(train_cls.settings(args)[0])
 
 
+def test_a_fraction_of_the_training_objects_is_of_each_class_and_follows_the_seed(folder):
+    def loaded(*more):
+        args = train_cls.flags(["--data", "folder", "--root", str(folder), "--points", "64",
+                                "--groups", "8", "--neighbours", "8", *more])
+        return train_cls.load_data(train_cls.settings(args)[0])
+    (whole, test, _, _), (few, same, _, form) = loaded(), loaded("--train-fraction", "0.4")
+    assert few.label.tolist() == 3 * [0] + 3 * [1] + 3 * [2] and torch.equal(test.xyz, same.xyz)
+    assert form.endswith("; 9 of 21 training objects, drawn from the seed")
+    assert all((few.xyz[i] == whole.xyz).all((1, 2)).sum() == 1 for i in range(9))
+    again = loaded("--train-fraction", "0.4")[0], loaded("--train-fraction", "0.4", "--seed", "1")[0]
+    assert torch.equal(few.xyz, again[0].xyz) and not torch.equal(few.xyz, again[1].xyz)
+    assert loaded("--train-fraction", "0.001")[0].label.tolist() == [0, 1, 2]
+
+
 # --- sampling, loss, metric -----------------------------------------------------------------------
 
 def test_training_samples_come_from_the_cloud_and_do_not_depend_on_how_a_batch_is_shared():
@@ -230,6 +244,7 @@ def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, c
     (["--lr", "-1"], "must be above 0"),
     (["--dropout", "1"], "in 0..1"),
     (["--test-fraction", "1.5"], "between 0 and 1"),
+    (["--train-fraction", "0"], "between 0 and 1"), (["--train-fraction", "nan"], "between"),
     (["--device", "cuda"], "no CUDA device"),
     (["--data", "modelnet40", "--root", "nowhere"], "princeton"),
     (["--data", "modelnet40"], "data/modelnet40: no such file or folder"),
