@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -79,42 +80,31 @@ def crash(script, out, rng, whole):
     story, process = [], script.first(out)
     for _ in range(rng.randint(1, 3)):
         number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-        wait = rng.uniform(0.1, 1) * whole
+        wait, left = rng.uniform(0.1, 1) * whole, 600
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:
             victim = process.pid
             if script.torchrun:             # the launcher, or one of those that train
                 victim = rng.choice(members(process.pid))
-            with_number = number if victim == process.pid or not script.torchrun else signal.SIGKILL
-            os.kill(victim, with_number)
-            story.append(f"{signal.Signals(with_number).name} after {wait:.1f} s")
-        try:
-            err = process.communicate(timeout=60)[1]
-            for _ in range(600):
-                if not members(process.pid):
-                    break
-                time.sleep(0.1)
-        except subprocess.TimeoutExpired:
-            err = ""
-        left = members(process.pid)
-        if left:
+                number = signal.SIGKILL
+            os.kill(victim, number)
+            story.append(f"{signal.Signals(number).name} after {wait:.1f} s")
+        while members(process.pid) and left:
+            time.sleep(0.1)
+            left -= 1
+        if not left:
             os.killpg(process.pid, signal.SIGKILL)
-            return story, f"processes {left} still run after a minute"
-        if "Traceback" in err and not script.torchrun:
-            return story, err
-        if script.torchrun and "[rank" in err:          # a traceback of ours; torchrun has its own
+            return story, "a process still runs after a minute"
+        err = process.stderr.read()
+        if "[rank" in err if script.torchrun else "Traceback" in err:   # torchrun has its own
             return story, err
         if (Path(out) / "results.json").exists():
             break
         process = script.start("--resume", out)
     err = process.communicate(timeout=20 * whole + 60)[1]
-    if process.returncode and "nothing was saved yet; repeat the run: python " in err:
-        story.append("repeated")
-        process = script.first(out)
-        err = process.communicate(timeout=20 * whole + 60)[1]
-    if process.returncode == 2 and (Path(out) / "config.json").exists() is False:
-        story.append("repeated: no folder yet")
+    if process.returncode and re.search("nothing was saved yet; repeat|no such checkpoint", err):
+        story.append("nothing saved, repeated")
         process = script.first(out)
         err = process.communicate(timeout=20 * whole + 60)[1]
     return story, err if process.returncode else None

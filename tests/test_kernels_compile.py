@@ -98,20 +98,21 @@ def compile_kernel(kernel, types, config, sm):
                 tensor_cores=bool(re.search(r"\bmma\.|\bwgmma\.|\btcgen05\.mma", built.asm["ptx"])))
 
 
-def main():
+def main(share=0, shares=1):
     sys.path.insert(0, str(ROOT))
-    built = set()
+    built, jobs = set(), []
     for name, kernel, types, config in configurations():
         # the instruction sets of sm_86 and sm_89 are sm_80's: there one configuration is enough
         cards = [sm for sm in CARDS if sm not in (86, 89) or kernel not in built]
         built.add(kernel)
-        for sm in cards:
-            row = dict(kernel=name, config={c: v for c, v in config.items()})
-            try:
-                row.update(compile_kernel(kernel, types, config, sm))
-            except Exception as error:  # the other kernels are still reported
-                row.update(sm=sm, error=f"{type(error).__name__}: {error}"[:2000])
-            print(json.dumps(row), flush=True)
+        jobs += [(name, kernel, types, config, sm) for sm in cards]
+    for name, kernel, types, config, sm in jobs[share::shares]:
+        row = dict(kernel=name, config=config)
+        try:
+            row.update(compile_kernel(kernel, types, config, sm))
+        except Exception as error:  # the other kernels are still reported
+            row.update(sm=sm, error=f"{type(error).__name__}: {error}"[:2000])
+        print(json.dumps(row), flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +123,16 @@ def table(tmp_path_factory):
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)  # it would turn compilation off
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # an empty cache
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True,
-                         text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    shares = os.cpu_count()
+    runs = [subprocess.Popen([sys.executable, __file__, str(share), str(shares)], env=environment,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for share in range(shares)]
+    rows = []
+    for run in runs:
+        out, err = run.communicate()
+        assert run.returncode == 0, err[-3000:]
+        rows += [json.loads(line) for line in out.splitlines()]
+    return rows
 
 
 def test_every_kernel_configuration_compiles_for_every_card(table):
@@ -161,4 +168,4 @@ def test_every_kernel_fits_the_register_file_and_the_shared_memory_of_any_card(t
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))
