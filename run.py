@@ -12,6 +12,7 @@ The loop stands in the script, inside this frame:
 import argparse
 import contextlib
 import csv
+import ctypes
 import errno
 import io
 import itertools
@@ -33,6 +34,9 @@ importing = Path(sys.argv[0]).name.startswith("train_") and (
     signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 if importing:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+# torchrun ends its processes when one of them fails; when it is killed itself, Linux does
+if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # 1: PR_SET_PDEATHSIG
 
 import numpy as np
 import torch
@@ -260,7 +264,7 @@ class Stopper:
     """Ctrl-C or SIGTERM asks the loop to stop after the step; a second one ends it at once."""
 
     def __init__(self):
-        self.asked, self.handlers, self.parent = False, {}, os.getppid()
+        self.asked, self.handlers = False, {}
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -280,9 +284,8 @@ class Stopper:
             return self.asked
         if step % 10:                       # processes must agree, which costs time: ask seldom
             return False
-        asked = self.asked or os.getppid() != self.parent       # torchrun was killed
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return all_reduce(torch.tensor(float(asked), device=device)).item() > 0
+        return all_reduce(torch.tensor(float(self.asked), device=device)).item() > 0
 
 
 class Run:
@@ -519,6 +522,7 @@ def main_guard(main):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        barrier()                           # all have done their work
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)                   # does the first one say it, torchrun ends us meanwhile
@@ -547,6 +551,5 @@ def main_guard(main):
         print("stopped; nothing after the last checkpoint is saved", file=sys.stderr)
         sys.exit(130)
     if world_size() > 1:                    # at once: gloo's threads now and then abort a process
-        barrier()                           # that has done its work
         sys.stdout.flush()
         os._exit(0)

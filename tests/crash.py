@@ -61,18 +61,17 @@ class Script:
                  "--workers", "1", "--device", "cpu"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
         return subprocess.Popen([sys.executable, *words], cwd=self.folder, env=env, text=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                start_new_session=True)
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def first(self, out):
         return self.start(*TINY.get(self.name, []), *MORE.get(self.name, []), "--out", out)
 
 
-def members(group):
-    """Numbers of the processes of a session that still run."""
-    found = subprocess.run(["ps", "-s", str(group), "-o", "pid=,stat="], capture_output=True,
-                           text=True).stdout.split("\n")
-    return [int(line.split()[0]) for line in found if line and "Z" not in line]
+def processes(script):
+    """Numbers of the processes that run it, also of those that lost their parent."""
+    found = subprocess.run(["ps", "-eo", "pid=,stat=,args="], capture_output=True, text=True).stdout
+    lines = [line.split(None, 2) for line in found.splitlines() if str(script.code) in line]
+    return [int(number) for number, state, _ in lines if "Z" not in state]
 
 
 def crash(script, out, rng, whole):
@@ -86,15 +85,16 @@ def crash(script, out, rng, whole):
         except subprocess.TimeoutExpired:
             victim = process.pid
             if script.torchrun:             # the launcher, or one of those that train
-                victim = rng.choice(members(process.pid))
+                victim = rng.choice(processes(script))
                 number = signal.SIGKILL
             os.kill(victim, number)
             story.append(f"{signal.Signals(number).name} after {wait:.1f} s")
-        while members(process.pid) and left:
+        while processes(script) and left:
             time.sleep(0.1)
             left -= 1
         if not left:
-            os.killpg(process.pid, signal.SIGKILL)
+            for number in processes(script):
+                os.kill(number, signal.SIGKILL)
             return story, "a process still runs after a minute"
         err = process.stderr.read()
         if "[rank" in err if script.torchrun else "Traceback" in err:   # torchrun has its own
