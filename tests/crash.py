@@ -9,6 +9,7 @@ the weights, every line of metrics.jsonl but its seconds, results.json but its s
 on stderr but those of a script that was stopped is a failure, and so is a process that is left.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -85,9 +86,10 @@ def crash(script, out, rng, whole):
         except subprocess.TimeoutExpired:
             victim = process.pid
             if script.torchrun:             # the launcher, or one of those that train
-                victim = rng.choice(processes(script))
+                victim = rng.choice(processes(script) or [victim])
                 number = signal.SIGKILL
-            os.kill(victim, number)
+            with contextlib.suppress(ProcessLookupError):           # it has just ended
+                os.kill(victim, number)
             story.append(f"{signal.Signals(number).name} after {wait:.1f} s")
         while processes(script) and left:
             time.sleep(0.1)
