@@ -3,6 +3,7 @@
     python controls.py                          the built-in objects, five seeds
     python controls.py --epochs 40              further flags go to train_cls.py
     python controls.py --seeds 3 --data modelnet40 --root DIR --clip openai
+    python controls.py --ablations              the paper's own: Tables 4, 6 and 8
 
 Everything else is equal: seeds, clouds, samples, epochs. Differences are paired by seed. Training
 goes on where it was stopped; finished trainings are not repeated.
@@ -22,10 +23,17 @@ import torch
 
 import common
 from data.files import read_json, reading
-from run import InputError, Parser, main_guard, whole
+from run import ABLATIONS, InputError, Parser, main_guard, whole
 from train_fewshot import paired, percent
 
 SCRIPT = Path(__file__).parent / "train_cls.py"
+
+
+def ablations_of(clip, text_loss):
+    """As `variants_of`: what the paper itself leaves out or puts in another's place."""
+    base = ["--clip", clip, "--text-loss", text_loss]
+    return [{"task tokens": base, "no task tokens": [*base, "--no-task-token"],
+             "deep prompts": [*base, "--deep-prompt"], "unfrozen": [*base, "--unfreeze"]}]
 
 
 def variants_of(clip, text_loss):
@@ -41,7 +49,7 @@ def variants_of(clip, text_loss):
         "random, frozen": ["--clip", f"{loaded.model}=random", *off],
         "no transformer": ["--clip", clip, "--no-transformer", *off],
         "pretrained, unfrozen": ["--clip", clip, "--unfreeze", *off]}
-    if loaded.text is None:
+    if loaded.text is None or text_loss == "off":
         return [without]
     on = ["--text-loss", text_loss]         # a random text tower knows no words
     return [without, {f"{row}, text loss": [*flags[:-2], *on] for row, flags in without.items()
@@ -118,20 +126,24 @@ def main(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="all other flags go to train_cls.py")
     parser.add_argument("--clip", default="nano", help="pretrained weights (default: nano)")
-    parser.add_argument("--text-loss", choices=["raw", "cosine"], default="raw")
+    parser.add_argument("--text-loss", choices=["raw", "cosine", "off"], default="raw")
+    parser.add_argument("--ablations", action="store_true",
+                        help="the paper's ablations instead of the controls")
     parser.add_argument("--seeds", type=whole(1), default=5, metavar="N", help="0 .. N - 1 (5)")
     parser.add_argument("--jobs", type=whole(1), metavar="N", help="trainings at a time "
                         "(default: one on a GPU, else one for each core)")
     parser.add_argument("--out", type=Path, default=Path("runs/controls"), metavar="DIR")
     args, rest = parser.parse_known_args(argv)
-    for flag in ("--seed", "--resume", "--eval", "--no-transformer", "--unfreeze"):
+    own = [f"--{name.replace('_', '-')}" for name in ("seed", "resume", "eval", *ABLATIONS)]
+    for flag in own:
         if flag in rest:
             raise InputError(f"{flag}: controls.py gives it to train_cls.py itself; leave it out")
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
-    groups = variants_of(args.clip, args.text_loss)
+    groups = (ablations_of if args.ablations else variants_of)(args.clip, args.text_loss)
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {"clip": args.clip, "text_loss": args.text_loss, "flags": rest}
+    settings = {"clip": args.clip, "text_loss": args.text_loss, "flags": rest,
+                **({"ablations": True} if args.ablations else {})}
     kept = args.out / "controls.json"
     if kept.is_file():
         with reading(kept, "give another --out"):

@@ -6,7 +6,7 @@ import pytest
 
 import controls
 import train_cls
-from run import InputError
+from run import ABLATIONS, InputError
 
 SCRIPT = """
 import json, os, sys
@@ -54,8 +54,21 @@ def test_train_cls_takes_the_flags_of_every_row():
     assert ("nano=random", False, False, "off") in seen and ("nano", False, True, "raw") in seen
 
 
+def test_the_papers_ablations_are_a_table_of_their_own(trained, capsys):
+    (group,) = controls.ablations_of("nano", "cosine")
+    found = [train_cls.settings(train_cls.flags(flags))[0] for flags in group.values()]
+    assert all(cfg["text_loss"] == "cosine" and cfg["clip"] == "nano" for cfg in found)
+    changed = [{name for name in ABLATIONS if cfg[name]} for cfg in found]
+    assert changed == [set(), {"no_task_token"}, {"deep_prompt"}, {"unfreeze"}]
+    controls.main(["--ablations", "--seeds", "2", "--out", "here"])
+    assert len(trained()) == 8 and "| deep prompts | 1,234 |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="had other flags"):
+        controls.main(["--seeds", "2", "--out", "here"])
+
+
 def test_without_a_text_tower_there_are_no_rows_of_the_text_loss(tiny_clip):
     (group,) = controls.variants_of(tiny_clip, "raw")
+    assert len(controls.variants_of("nano", "off")) == 1
     assert group["random, frozen"][1] == "timm:test_vit=random"
     assert group["shuffled, frozen"][1] == f"{tiny_clip}=shuffled"
 

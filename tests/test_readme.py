@@ -305,7 +305,8 @@ def test_each_command_of_the_controls_runs(command, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(controls, "SCRIPT", tmp_path / "script.py")
     Path("script.py").write_text(test_controls.SCRIPT, encoding="utf-8")
     controls.main([*words_of(command, "controls.py"), "--seeds", "1"])
-    assert "| shuffled, frozen, text loss | 1,234 |" in capsys.readouterr().out
+    row = "deep prompts" if "--ablations" in command else "shuffled, frozen, text loss"
+    assert f"| {row} | 1,234 |" in capsys.readouterr().out
 
 
 @commands_of("bench.py")
