@@ -30,7 +30,7 @@ import common
 import nanoclip
 import render
 from attention import (BATCH, alignments, check_open, cloud_relevance, deletion, layers_of_clouds,
-                       layers_of_pictures, load_stem, picture_relevance, settle)
+                       layers_of_pictures, load_stem, picture_relevance, projected, settle)
 from checkpoint import COUNT, WHOLE, check_frozen, load_checkpoint, load_weights, misfit, trained
 from common import Classifier
 from data import objects
@@ -38,6 +38,7 @@ from data.synthetic_objects import ALL_CLASSES, STRETCH, make_object, scan_as_it
 from kernels import interpolate
 from run import ABLATIONS, InputError, Parser, Setup, main_guard, seed_of, writing
 
+SYNTHETIC = 2, 20           # seed of the built-in test objects, and how many of each class
 LEAST, MOST = 10, 400       # test objects that are looked at, evenly spaced
 VIEW = 25, 35               # elevation, azimuth in degrees: a picture of each object
 SHOWN = 6                   # objects on saliency.png and words.png
@@ -72,7 +73,6 @@ def load_run(args):
     cfg.update(clip=args.clip or cfg["clip"], root=args.root or cfg["root"])
     clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     check_frozen(cfg, saved, clip)
-    saved["file"] = args.run
     return cfg, saved, clip
 
 
@@ -119,9 +119,9 @@ def load_objects(cfg, size, device):
     return Objects(points, pictures, drawn, label, up, what)
 
 
-def built_in(classes, stored, seed=2, each=20):
+def built_in(classes, stored):
     """train_cls.py's test clouds, as `object_clouds` scans them, and the meshes as they stand."""
-    xyz, meshes = [], []
+    (seed, each), xyz, meshes = SYNTHETIC, [], []
     for k, name in enumerate(classes):
         for i in range(each):
             rng = np.random.default_rng([seed, k, i])
@@ -183,8 +183,9 @@ def to_uint8(picture):
 
 
 # ---- Words near a cloud, and t-SNE ---------------------------------------------------------------
-SHAPES = "tall", "flat", "compact"          # what captions of nano-CLIP say beside the class; not
-VIEWS = "seen from the front", "seen from the side", "seen from behind", "seen from above"  # colours
+# what captions of nano-CLIP say beside the class, without colours, which clouds have not
+SHAPES = "", "tall", "flat", "compact"
+SIDES = "", "seen from the front", "seen from the side", "seen from behind", "seen from above"
 
 
 def prompts_of(clip, classes):
@@ -203,10 +204,10 @@ def words_for(clip, embedding, label, classes):
     """Retrieval, not generation: of each cloud the five captions whose products with its embedding
     (S, E) are the largest, as the text loss takes them. -> [[caption, ...], ...], numbers."""
     names = sorted({*ALL_CLASSES, *prompts_of(clip, classes)[0]})
-    captions = [(name, " ".join(filter(None, (shape, name.replace("_", " "), view))))
-                for name in names for shape in ("", *SHAPES) for view in ("", *VIEWS)]
+    captions = [(name, " ".join(filter(None, (shape, name.replace("_", " "), side))))
+                for name in names for shape in SHAPES for side in SIDES]
     text = clip.text_features([common.PROMPT.format(words) for _, words in captions])
-    best = (embedding @ text.T).topk(5).indices.tolist()                            # (S, 5)
+    best = (embedding @ text.to(embedding).T).topk(5).indices.tolist()  # (S, 5)
     right = np.array([[captions[j][0] == classes[k] for j in row]
                       for row, k in zip(best, label.tolist())])
     return [[captions[j][1] for j in row] for row in best], {
@@ -230,7 +231,7 @@ def zero_shot(prompts, classes, label, **features):
     true = np.array(classes)[label.cpu()]
     known = np.isin(true, names)
     return {"chance": 1 / len(names), **{
-        kind: (names[(F.normalize(x, dim=1) @ text.T).argmax(1).cpu()] == true)[known].mean()
+        kind: (names[(F.normalize(x, dim=1) @ text.to(x).T).argmax(1).cpu()] == true)[known].mean()
         for kind, x in features.items()}}
 
 
@@ -405,7 +406,7 @@ def main(argv=None):
     report_layers(report, clip, objs.label, {"control: the cloud drawn": (drawn, pictures),
                                              "clouds, untrained": untrained,
                                              "clouds, trained": trained})
-    clouds, pictures = (clip.project(x.cls[-1].float()) for x in trained)       # (S, E)
+    clouds, pictures = (projected(clip, x) for x in trained)            # (S, E)
     prompts = report_prompts(report, clip, classes, objs.label, clouds, pictures)
     rows = np.linspace(0, len(objs.label) - 1, SHOWN + 2).round().astype(int)[1:-1].tolist()
     if cfg["deep_prompt"]:
@@ -413,7 +414,7 @@ def main(argv=None):
                          "and --deep-prompt replaces some in each")
     else:
         report_saliency(report, model, stem, objs, classes, prompts, rows)
-    embedding = embeddings(model, objs.points)                                  # (S, 512)
+    embedding = embeddings(model, objs.points)                          # (S, 512)
     if clip.text is not None and cfg["text_loss"] == "off":
         report.leave_out("words.png", "the run had no text loss, so nothing ties its embedding to "
                          "words")

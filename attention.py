@@ -10,7 +10,7 @@ analyse.py looks into runs with it. B objects, L rows of each (class row first),
 objects in all.
 """
 import contextlib
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def relevance(score, blocks):
     """
     grads = torch.autograd.grad(score.sum(), [block.A for block in blocks])
     B, _, L, _ = grads[0].shape
-    R = torch.eye(L, device=score.device).expand(B, L, L)
+    R = torch.eye(L).to(grads[0]).expand(B, L, L)
     for block, grad in zip(blocks, grads):
         R = R + (grad * block.A.detach()).clamp(min=0).mean(1) @ R
     return R[:, 0]
@@ -98,7 +98,7 @@ def relevance(score, blocks):
 # ---- Pictures ------------------------------------------------------------------------------------
 class Stem(NamedTuple):
     """The start of an image tower, which EPCL leaves away."""
-    embed: Callable         # (B, 3, size, size) -> (B, P, D)
+    conv: nn.Module         # (B, 3, size, size) -> (B, D, P rows and columns)
     position: torch.Tensor  # (P, D)
     size: int
     mean: torch.Tensor      # (3, 1, 1), of a picture in 0 .. 1
@@ -117,23 +117,22 @@ def load_stem(name, seed, device):
         if path != "random":
             load_weights(tower, common.read_weights(path)[0], (*common.TIMM_USED, "patch_embed."),
                          f"--clip {base}: its weights", vit)
-        size, norm, first = tower.patch_embed.img_size[0], tower.default_cfg, tower.patch_embed
-        embed, position = first, tower.pos_embed[0, -first.num_patches:]
+        conv, norm = tower.patch_embed.proj, tower.default_cfg
+        size, position = tower.patch_embed.img_size[0], tower.pos_embed[0]
+        position = position[-tower.patch_embed.num_patches:]            # without the class token's
     else:
         used = *common.OPEN_CLIP_USED, "visual.conv1."
         visual = common.whole_clip(base, seed, used)[1].visual
-        size, position, first = visual.image_size[0], visual.positional_embedding[1:], visual.conv1
+        conv, size, position = visual.conv1, visual.image_size[0], visual.positional_embedding[1:]
         norm = getattr(visual, "preprocess_cfg", {"mean": [.5] * 3, "std": [.5] * 3})   # nano's
-        def embed(x):
-            return first(x).flatten(2).mT
-    first.requires_grad_(False).to(device)
     mean, std = (torch.tensor(norm[key], device=device)[:, None, None] for key in ("mean", "std"))
-    return Stem(embed, position.detach().to(device), size, mean, std)
+    return Stem(conv.requires_grad_(False).to(device), position.detach().to(device), size, mean,
+                std)
 
 
 def see(clip, stem, pictures):
     """Pictures (B, 3, size, size) through the blocks that clouds go through -> (B, 1 + P, D)."""
-    x = stem.embed((pictures - stem.mean) / stem.std) + stem.position           # (B, P, D)
+    x = stem.conv((pictures - stem.mean) / stem.std).flatten(2).mT + stem.position      # (B, P, D)
     x = torch.cat([clip.start().expand(len(x), -1, -1), x], 1)
     x = clip.ln_pre(x.requires_grad_())     # `relevance` needs gradients, whatever is frozen
     for block in clip.blocks:
@@ -154,7 +153,7 @@ def picture_relevance(clip, stem, pictures, text):
     """The same for the likeliest of texts (C, E), of length 1. -> its number, relevance (B, L)."""
     with opened(clip) as blocks:
         feature = clip.project(see(clip, stem, pictures)[:, 0])
-        scores = F.normalize(feature, dim=1) @ text.T                   # (B, C)
+        scores = F.normalize(feature, dim=1) @ text.to(feature).T       # (B, C)
         return scores.argmax(1), relevance(scores.amax(1), blocks)
 
 
@@ -253,6 +252,12 @@ def layers_of_pictures(clip, stem, pictures):
     return layers_of(clip, lambda x: see(clip, stem, x), pictures, len(stem.position))
 
 
+@torch.no_grad()
+def projected(clip, layers):
+    """Class rows after the last block, as CLIP reads them: (S, E)."""
+    return clip.project(layers.cls[-1].float())
+
+
 def settle(model, points):
     """Give an untrained tokenizer's batch norms the statistics of these clouds, as training would;
     theirs are those of nothing."""
@@ -307,7 +312,7 @@ def alignments(clip, clouds, pictures, label):
     and of the class row as CLIP reads it."""
     def by_layer(a, b):
         return [alignment(pearson(x, y), label) for x, y in zip(a, b)]
-    read = (clip.project(x.cls[-1].float()).double() for x in (clouds, pictures))
     return {"class_row": [None, *by_layer(clouds.cls[1:], pictures.cls[1:])],
             "mean_of_patches": by_layer(clouds.mean, pictures.mean),
-            "projected": alignment(pearson(*read), label)}
+            "projected": alignment(pearson(*(projected(clip, x) for x in (clouds, pictures))),
+                                   label)}
