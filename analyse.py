@@ -240,23 +240,24 @@ def embeddings(model, points):
     return torch.cat([model(part)[1] for part in points.split(BATCH)])
 
 
-def tsne(features):
-    """(n, D) -> (n, 2), by way of length 1 and 50 principal components."""
+def tsne(features, name):
+    """(n, D) -> (n, 2), by way of length 1 and 50 principal components; a title that says how."""
     from sklearn.manifold import TSNE
     x = F.normalize(features.double(), dim=1)
     x = x - x.mean(0)
     x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:50].T
     perplexity = min(PERPLEXITY, (len(x) - 1) // 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(x.cpu().numpy())
+    make = TSNE(perplexity=perplexity, init="pca", random_state=SEED)
+    return make.fit_transform(x.cpu().numpy()), f"{name}; t-SNE, perplexity {perplexity}, seed {SEED}"
 
 
 def tsne_panels(embedding, clouds, pictures):
     """-> {title: {modality: (S, 2)}}. Distances between groups in such pictures mean nothing."""
-    how = f"t-SNE, perplexity {PERPLEXITY}, seed {SEED}"
-    joint = tsne(torch.cat([x - x.mean(0) for x in (clouds, pictures)]))
-    return {f"embeddings of clouds; {how}": {"clouds": tsne(embedding)},
-            f"class rows, each modality centred; {how}": dict(
-                zip(("clouds", "pictures"), np.split(joint, 2)))}
+    alone, title = tsne(embedding, "embeddings of clouds")
+    centred = torch.cat([x - x.mean(0) for x in (clouds, pictures)])
+    joint, joint_title = tsne(centred, "class rows, each modality centred")
+    return {title: {"clouds": alone},
+            joint_title: dict(zip(("clouds", "pictures"), np.split(joint, 2)))}
 
 
 # ---- Figures -------------------------------------------------------------------------------------

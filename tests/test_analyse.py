@@ -414,3 +414,25 @@ def test_the_words_of_an_embedding_that_is_a_caption_are_that_caption():
     assert [caption in found for caption, found in zip(captions, words)] == [True] * 3
     assert all(len(found) == 5 for found in words)
     assert numbers["first_names_the_class"] == pytest.approx(2 / 3)
+
+
+# --- t-SNE ----------------------------------------------------------------------------------------
+
+def test_tsne_keeps_groups_apart_says_how_and_is_the_same_each_time():
+    pytest.importorskip("sklearn", reason="needs scikit-learn: t-SNE is its")
+    rng = np.random.default_rng(0)
+    center = 10 * rng.normal(size=(3, 64))
+    x = torch.from_numpy(center[np.repeat(range(3), 20)] + rng.normal(size=(60, 64)))
+    shift = 100 * torch.ones(64)                        # of a modality: centring takes it away
+    panels = analyse.tsne_panels(x, x, x + shift)
+    assert list(panels) == ["embeddings of clouds; t-SNE, perplexity 19, seed 0",
+                            "class rows, each modality centred; t-SNE, perplexity 30, seed 0"]
+    alone, joint = panels.values()
+    places = np.stack([alone["clouds"]]).reshape(3, 20, 2)
+    middle = places.mean(1)
+    spread = np.linalg.norm(places - middle[:, None], axis=2).max()
+    assert min(np.linalg.norm(middle[i] - middle[i - 1]) for i in range(3)) > 2 * spread
+    near = np.linalg.norm(joint["clouds"][:, None] - joint["pictures"][None], axis=2).argmin(1)
+    assert (near // 20 == np.repeat(range(3), 20)).all()
+    again = analyse.tsne_panels(x, x, x + shift)
+    np.testing.assert_array_equal(list(again.values())[0]["clouds"], alone["clouds"])
