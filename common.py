@@ -546,7 +546,9 @@ class Classifier(nn.Module):
                                   nn.Dropout(0.5), nn.Linear(256, classes))
 
     def forward(self, points):
-        cls, patches, tasks = self.encoder(*self.tokenizer(points))
+        return self.read(*self.encoder(*self.tokenizer(points)))
+
+    def read(self, cls, patches, tasks):                        # `Features`
         rows = torch.cat([patches, tasks], 1)                   # task rows, too, as released
         x = self.norm(rows).amax(1)                             # (B, 768)
         if cls is not None:

@@ -16,11 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+import analyse
 import bench
 import common
 import controls
 import look
 import run as run_module
+import test_analyse
 import test_bench
 import test_clip
 import test_clip2point
@@ -334,6 +336,19 @@ def test_each_command_that_draws_curves_runs(command, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.split() == [f"{runs[0]}/curves.png"]
 
 
+@commands_of("python analyse.py")
+def test_each_command_that_looks_into_a_run_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_cls, "SYNTHETIC", (2, 1))
+    monkeypatch.setattr(analyse, "SYNTHETIC", (2, 1))
+    monkeypatch.setattr(analyse, "installed", lambda package: False)    # test_analyse.py draws
+    run = test_analyse.run_of(words_of(command, "analyse.py")[0], "--clip", tiny_clip)
+    capsys.readouterr()
+    analyse.main(words_of(command, "analyse.py"))
+    assert f"numbers  {run}/analysis/analysis.json\n" in capsys.readouterr().out
+    assert Path(run, "analysis/saliency.png").is_file()
+
+
 def python(folder, *words):
     """Run python in a folder where only what lies there, and what is installed, can be imported."""
     left_out = ("WORLD_SIZE", "RANK", "TRITON_INTERPRET")
@@ -365,7 +380,8 @@ def test_every_command_of_readme_and_docs_is_covered_by_a_test_above():
         assert any(word in command for word in (
             "train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py",
             "train_clip2point.py", "train_clip.py", "controls.py", "bench.py",
-            "python look.py", "python kernels/", "python -m data.", "pytest")), command
+            "python look.py", "python analyse.py", "python kernels/", "python -m data.",
+            "pytest")), command
 
 
 # --- files ----------------------------------------------------------------------------------------
