@@ -248,7 +248,8 @@ def tsne(features, name):
     x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:50].T
     perplexity = min(PERPLEXITY, (len(x) - 1) // 3)
     make = TSNE(perplexity=perplexity, init="pca", random_state=SEED)
-    return make.fit_transform(x.cpu().numpy()), f"{name}; t-SNE, perplexity {perplexity}, seed {SEED}"
+    title = f"{name}; t-SNE, perplexity {perplexity}, seed {SEED}"
+    return make.fit_transform(x.cpu().numpy()), title
 
 
 def tsne_panels(embedding, clouds, pictures):
