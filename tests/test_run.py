@@ -275,3 +275,32 @@ def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             run_module.main_guard(lambda: Path("/dev/full").write_bytes(b"a room"))
         assert capsys.readouterr().err.startswith("error: the disk: No space left on device; give")
+
+
+def test_another_process_than_the_first_speaks_if_the_first_has_not(monkeypatch, capsys):
+    """torchrun ends the others when the first one fails; what only they met must be said."""
+    waited = []
+    monkeypatch.setattr(run_module.time, "sleep", waited.append)
+
+    def broken():
+        raise InputError("room.ply: cut short")
+    for process, seconds in (("0", []), ("1", [3])):
+        monkeypatch.setenv("RANK", process)
+        waited.clear()
+        with pytest.raises(SystemExit, match="2"):
+            run_module.main_guard(broken)
+        assert capsys.readouterr().err == "error: room.ply: cut short\n" and waited == seconds
+
+
+def test_only_the_loss_of_a_process_is_taken_for_one(monkeypatch, capsys):
+    def failed():
+        raise RuntimeError("[gloo] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="closed by peer"):   # one process has lost none
+        run_module.main_guard(failed)
+    monkeypatch.setattr(run_module, "world_size", lambda: 2)
+
+    def other():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        run_module.main_guard(other)
+    assert capsys.readouterr().err == ""
