@@ -261,7 +261,7 @@ class Bottleneck(nn.Module):
         r = Recipe(**cfg["recipe"])
         self.voxel, self.epcl, self.transformer = r.voxel, None, not cfg["no_transformer"]
         if self.transformer:
-            self.tokenizer = PointTokenizer(r.tokens, r.neighbours, clip.width, channels=width)
+            self.patches = PointTokenizer(r.tokens, r.neighbours, clip.width, channels=width)
             self.epcl = EPCLEncoder(clip, task_tokens=classes, **encoder_options(cfg))
             self.back = nn.Sequential(nn.Linear(clip.width, width), BatchNorm(width), nn.ReLU())
 
@@ -274,11 +274,11 @@ class Bottleneck(nn.Module):
             return x
         counts = torch.bincount(x.coords[:, 0]).tolist()        # scan after scan: B of them
         rows = torch.cat([x.coords[:, 1:] * self.voxel, x.feats], 1)                # (V, 3 + C)
-        least = self.tokenizer.groups
+        least = self.patches.groups
         clouds = [part.repeat(-(-least // len(part)), 1) for part in rows.split(counts)]
         lengths = torch.tensor([len(cloud) for cloud in clouds], device=rows.device)
         points = pad_sequence(clouds, batch_first=True)                             # (B, N, 3 + C)
-        tokens, centers = self.tokenizer(points, lengths)       # (B, G, D), (B, G, 3)
+        tokens, centers = self.patches(points, lengths)       # (B, G, D), (B, G, 3)
         place = centers - centers.mean(1, keepdim=True)
         reach = place.norm(dim=2).amax(1)[:, None, None].clamp_min(1e-6)
         deep = self.epcl(tokens, place / reach).patches                             # (B, G, D)
