@@ -373,7 +373,7 @@ def scores(counts):
 
 @torch.no_grad()
 def label_scans(model, entries, read, cfg, setup, tta=False):
-    """Yield (Scan, class of every point (n,), voxels of a view), one scan after the other.
+    """Yield (Scan, class of every point (n,), how many voxels that took), scan after scan.
 
     tta: ten views, turned and scaled at random, the same each time; their softmax is summed.
     """
@@ -396,11 +396,11 @@ def label_scans(model, entries, read, cfg, setup, tta=False):
             with setup.autocast():
                 probability = model(coords, feats).softmax(1)           # (v, C)
             total = total + probability[torch.from_numpy(voxels.inverse).to(setup.device)]
-        yield scan, total.argmax(1).cpu(), len(seen[0].coords)
+        yield scan, total.argmax(1).cpu(), sum(len(voxels.coords) for voxels in seen)
 
 
 def evaluate(model, data, cfg, setup, tta=False, shown=None):
-    """-> confusion over all points of the test scans, how many voxels they have.
+    """-> confusion over all points of the test scans, how many voxels that took.
 
     Scans are shared between processes. shown: a list that takes some of them.
     """
@@ -554,7 +554,7 @@ def main(argv=None):
     common.print_model(run, model, clip, f"MinkUNet {own - inside:,}, EPCL {inside:,}; "
                                          f"{recipe.tokens} tokens; ")
     if cfg["as_released"]:
-        run.print("warning  as released: LaserMix changes nothing, the classifier does not see EPCL")
+        run.print("warning  as released: LaserMix does nothing, the classifier does not see EPCL")
     if not args.eval:
         with run.stopper:
             train(model, data, run)
@@ -564,12 +564,12 @@ def main(argv=None):
     seconds, result = time.time() - started, scores(counts)
     for line in table(counts, data.classes):
         run.print(line)
-    run.print(f"speed    {voxels * (len(VIEWS) if args.tta else 1) / seconds:,.0f} voxels a second, "
+    run.print(f"speed    {voxels / seconds:,.0f} voxels a second, "
               f"{len(data.test) / seconds:.2f} scans a second")
     views = f", sum of {len(VIEWS)} views" if args.tta else ""
     run.print(f"result   mIoU {100 * result['miou']:.2f} %, OA {100 * result['oa']:.2f} %, every "
-              f"labelled point of {len(data.test)} scans{views}, epoch {at['epoch']} (best on test: "
-              f"{100 * at['best']:.2f} in epoch {at['best_epoch']}); {cfg['data']}, "
+              f"labelled point of {len(data.test)} scans{views}, epoch {at['epoch']} (best on "
+              f"test: {100 * at['best']:.2f} in epoch {at['best_epoch']}); {cfg['data']}, "
               f"{'no transformer' if cfg['no_transformer'] else clip.name}, {at['seconds']:.0f} s")
     if not args.eval:
         iou = [None if np.isnan(x) else float(x) for x in result["iou"]]
@@ -592,7 +592,8 @@ def predict(args, folder, cfg, saved, setup):
         where = [out / f"{file.stem}.label" for file in files]
     else:
         if cfg["data"] != "semantickitti":
-            raise InputError(f"--export-test: is for SemanticKITTI; this run has {cfg['data']} data")
+            raise InputError("--export-test: is for SemanticKITTI; this run has "
+                             f"{cfg['data']} data")
         out, root = Path(args.export_test), cfg["root"] or "data/semantickitti"
         files = [file for file, _ in kitti.pairs(root, kitti.TEST, labels=False)]
         where = [out / "sequences" / file.parts[-3] / "predictions" / f"{file.stem}.label"

@@ -405,8 +405,8 @@ def check_outputs(files, folder):
     names = [Path(file).stem for file in files]
     for file, name in zip(files, names):
         if names.count(name) > 1:
-            raise InputError(f"--predict: several files are called {name}, and {folder}/{name}.ply "
-                             "can hold one; give them one at a time, each with its own --export")
+            raise InputError(f"--predict: several files are called {name}, and {folder} can "
+                             "hold one; give them one at a time, each with its own --export")
         if Path(file).resolve().parent == Path(folder).resolve():
             raise InputError(f"--export {folder}: {file} lies there and would be written over; "
                              "give another folder")

@@ -164,7 +164,7 @@ def test_the_first_point_of_a_voxel_stands_for_it(side, points):
 
 def test_a_scan_of_too_many_voxels_is_named(monkeypatch):
     monkeypatch.setattr(outdoor, "MOST", 200)
-    with pytest.raises(BrokenFile, match="scan: 400 voxels of 0.05 m, at most 200 are meant; pass a"):
+    with pytest.raises(BrokenFile, match="scan: 400 voxels of 0.05 m, at most 200 are meant; pass"):
         outdoor.voxels_of(scan_of(), 0.05)
 
 
@@ -552,7 +552,7 @@ def test_own_scans_are_trained_on_and_get_the_numbers_of_their_own_classes(small
     assert "3 train scans, 1 test scans, 2 classes" in said and "PolarMix pastes car" in said
     outdoor.main(["--eval", "own", "--predict", str(tmp_path / "test/0.bin")])
     assert set(np.fromfile("own/predicted/0.label", "<u4")) <= {1, 2}
-    with pytest.raises(InputError, match="--export-test: is for SemanticKITTI; this run has folder"):
+    with pytest.raises(InputError, match="--export-test: is for SemanticKITTI; this run has fold"):
         outdoor.main(["--eval", "own", "--export-test", "sent"])
 
 
