@@ -35,7 +35,7 @@ from data import kitti
 from data.files import BrokenFile, check_outputs
 from data.kitti import IGNORE, THINGS, Scan
 from kernels import interpolate
-from kernels.sparse_conv import (SparseTensor, devoxelise, strided_conv, submanifold_conv,
+from kernels.sparse_conv import (FARTHEST, SparseTensor, devoxelise, strided_conv, submanifold_conv,
                                  transposed_conv)
 from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, rank, recipe_parser,
                  seed_of, shared_flags, shared_settings, whole, with_flags, world_size)
@@ -184,9 +184,10 @@ def voxels_of(scan, side):
     size = place.max(0) + 1
     keys = (place[:, 0] * size[1] + place[:, 1]) * size[2] + place[:, 2]
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    if len(first) > MOST:
-        raise BrokenFile(f"{scan.name}: {len(first):,} voxels of {side:g} m, at most {MOST:,} are "
-                         "meant; pass a larger --voxel, or take the scan out of the data")
+    if len(first) > MOST or size.max() > FARTHEST:
+        raise BrokenFile(f"{scan.name}: {len(first):,} voxels of {side:g} m, {size.max():,} from "
+                         f"end to end, at most {MOST:,} and {FARTHEST:,} are meant; pass a larger "
+                         "--voxel, or take the scan out of the data")
     feats = np.c_[scan.xyz, scan.remission][first]
     return Voxels(place[first].astype(np.int32), feats, scan.label[first], inverse.reshape(-1))
 
@@ -383,7 +384,8 @@ def label_scans(model, entries, read, cfg, setup, tta=False):
         scan = read(entry)
         if not tta:
             return scan, [voxels_of(scan, cfg["recipe"]["voxel"])]
-        scale = np.random.default_rng(zlib.crc32(scan.name.encode())).uniform(0.9, 1.1, len(VIEWS))
+        name = Path(scan.name).stem.encode()
+        scale = np.random.default_rng(zlib.crc32(name)).uniform(0.9, 1.1, len(VIEWS))
         seen = (turned(scan, np.pi / 8 * k) for k in VIEWS)
         seen = (s._replace(xyz=s.xyz * np.float32(by)) for s, by in zip(seen, scale))
         return scan, [voxels_of(s, cfg["recipe"]["voxel"]) for s in seen]
@@ -452,7 +454,7 @@ def picture(labelled, classes):
                   np.where(wrong[near, None], np.uint8(render.RED), np.uint8(205)))]
         for what, rgb in views if some else views[1:2]:
             cells.append(render.Cell(render.draw_points(xyz, camera, 380, 380, rgb),
-                                     f"{scan.name}, {what}"))
+                                     f"{Path(scan.name).stem}, {what}"))
     legend = [(name, colour(k)) for k, name in enumerate(classes)]
     return render.sheet(cells, columns=3 if some else 2, legend=legend)
 

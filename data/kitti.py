@@ -38,7 +38,7 @@ GET_OWN = ("pass --root FOLDER with FOLDER/classes.txt, a name in each line, and
 
 
 class Scan(NamedTuple):
-    name: str
+    name: str                               # its file
     xyz: np.ndarray                         # (n, 3) float32, metres, z up, the sensor at 0
     remission: np.ndarray                   # (n,) float32, 0..1
     label: np.ndarray                       # (n,) int64, IGNORE: no class
@@ -153,7 +153,7 @@ def read_scan(path, label=None, table=None, full=1.0):
             if (classes == UNKNOWN).any():
                 raise ValueError(f"has the label {number[classes == UNKNOWN][0]}, which is not in "
                                  f"the map: {known(table)}")
-    return Scan(path.stem, rows[:, :3].copy(), rows[:, 3] / np.float32(full), classes)
+    return Scan(str(path), rows[:, :3].copy(), rows[:, 3] / np.float32(full), classes)
 
 
 def known(table):

@@ -163,8 +163,10 @@ def test_the_first_point_of_a_voxel_stands_for_it(side, points):
 
 
 def test_a_scan_of_too_many_voxels_is_named(monkeypatch):
+    with pytest.raises(BrokenFile, match="a.bin: 400 voxels of 1e-06 m, .* at most 1,000,000 and"):
+        outdoor.voxels_of(scan_of(name="a.bin"), 1e-6)
     monkeypatch.setattr(outdoor, "MOST", 200)
-    with pytest.raises(BrokenFile, match="scan: 400 voxels of 0.05 m, at most 200 are meant; pass"):
+    with pytest.raises(BrokenFile, match="scan: 400 voxels of 0.05 m, .* at most 200 and 64,000 a"):
         outdoor.voxels_of(scan_of(), 0.05)
 
 
