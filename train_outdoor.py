@@ -10,6 +10,7 @@ To change the data, edit `load_scans` and RECIPES; the network, `Segmenter`; wha
 bottom, `Bottleneck`. --no-transformer leaves that out: the MinkUNet alone, the control. Lengths are
 metres, z is up, the sensor is at 0.
 """
+import re
 import time
 import zlib
 from collections import deque
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import common
 import render
-from checkpoint import check_frozen, saved_settings, trained
+from checkpoint import amount, check_frozen, saved_settings, trained
 from common import CLIP_NAMES, BatchNorm, EPCLEncoder, PointTokenizer, encoder_options
 from data import kitti
 from data.files import BrokenFile, check_outputs
@@ -649,8 +650,15 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
+def check_sizes(recipe):
+    if not (re.fullmatch("[1-9]{8}", recipe.blocks) and int(recipe.width * min(PLANES)) > 0
+            and recipe.voxel > 0 and recipe.neighbours <= recipe.tokens):
+        raise InputError(f"{recipe}: takes eight digits of blocks, a width of {1 / min(PLANES):g} "
+                         "or more, a voxel above 0 m, and no more neighbours than tokens")
+
+
 SAVED = {                                   # forms of the settings that are this script's own
-    "data": (*RECIPES,), "classes": [str], "remission": lambda x: 0 < x < float("inf"),
+    "data": (*RECIPES,), "classes": [str], "remission": lambda x: amount(x) and x > 0,
     "as_released": bool}
 
 
@@ -670,9 +678,11 @@ def settings(args):
         raise InputError("--compile: every scan has its own number of voxels; leave it out")
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "outdoor", Recipe, SAVED, trained(sums=3))
+        check_sizes(Recipe(**cfg["recipe"]))
         cfg["remission"] = args.remission or cfg["remission"]
         return cfg, saved, folder
     recipe = with_flags(RECIPES[args.like or args.data or "synthetic"], args)
+    check_sizes(recipe)
     cfg = shared_settings(args, recipe)
     return {**cfg, "like": args.like, "remission": args.remission or 1.0,
             "as_released": args.as_released}, None, None

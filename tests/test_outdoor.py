@@ -558,6 +558,15 @@ def test_own_scans_are_trained_on_and_get_the_numbers_of_their_own_classes(small
         outdoor.main(["--eval", "own", "--export-test", "sent"])
 
 
+@pytest.mark.parametrize("change", [
+    {"blocks": "2346"}, {"blocks": "0" * 8}, {"width": 0.01}, {"voxel": 0.0}, {"neighbours": 999}])
+def test_a_recipe_without_sense_is_one_line(small, monkeypatch, change):
+    monkeypatch.setitem(outdoor.RECIPES, "synthetic", SMALL._replace(**change))
+    with pytest.raises(InputError, match="takes eight digits of blocks") as error:
+        outdoor.main(small)
+    assert "\n" not in str(error.value) and not Path("runs").exists()
+
+
 @pytest.mark.parametrize("words, message", [
     (["--predict", "x.bin"], "need a run"), (["--tta"], "need a run"),
     (["--export", "x"], "--export says where --predict writes"),
