@@ -40,8 +40,9 @@ def saved_settings(args, task, recipe, own, kept, other_data=False):
     if cfg["data"] == "synthetic" and args.root:
         raise InputError(f"--root {args.root}: the built-in data has no files; add --data")
     free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export", "clip",
-            "official", "skip_broken", *other]          # weights have a hash: `check_frozen`
-    free += ["precision", "batch_size", "scale"] if args.eval else ["compile"]
+            "official", "skip_broken", "tta", "export_test", *other]
+    # of --clip, weights have a hash: `check_frozen`
+    free += ["precision", "batch_size", "scale", "remission"] if args.eval else ["compile"]
     for name, value in vars(args).items():
         was = cfg["recipe"].get(name, cfg.get(name))
         if value is not None and value is not False and value != was and name not in free:
@@ -94,10 +95,10 @@ def tensors(x):
         and not w.is_complex() and isinstance(name, str) for name, w in x.items())
 
 
-def moments(x):                             # of AdamW, LAMB, or train_clip.py's Muon
+def moments(x):                             # of AdamW, LAMB, SGD, or train_clip.py's Muon
     return isinstance(x, dict) and len(x) > 0 and all(map(tensors, x.values())) and all(
         part.keys() in ({"step", "exp_avg", "exp_avg_sq"}, {"exp_avg", "exp_avg_sq"},
-                        {"step", "momentum"}) for part in x.values())
+                        {"step", "momentum"}, {"momentum_buffer"}) for part in x.values())
 
 
 def trained(sums):

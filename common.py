@@ -64,7 +64,8 @@ def shuffled(n, count, draw):
 class PointTokenizer(nn.Module):
     """Cut clouds into patches and turn every patch into a token: mini-PointNet, eq. (9).
 
-    points (B, N, 3 + C) -> tokens (B, G, D), centers (B, G, 3).
+    points (B, N, 3 + C) -> tokens (B, G, D), centers (B, G, 3). lengths (B,): only the first
+    lengths[b] points of cloud b exist, at least G.
 
     The paper says "three-layer MLP"; the released code has four layers with a max in the middle,
     and so have we. Their 1x1 convolutions are linear layers over the last axis.
@@ -78,10 +79,11 @@ class PointTokenizer(nn.Module):
         self.second = nn.Sequential(nn.Linear(512, 512), BatchNorm(512), nn.ReLU(),
                                     nn.Linear(512, width))
 
-    def forward(self, points):
+    def forward(self, points, lengths=None):
         xyz = points[..., :3].contiguous()                              # (B, N, 3)
-        centers = gather(xyz, farthest_point_sample(xyz, self.groups))  # (B, G, 3)
-        _, idx = knn(centers, xyz, self.neighbours)                     # (B, G, K)
+        idx = farthest_point_sample(xyz, self.groups, lengths=lengths)  # (B, G)
+        centers = gather(xyz, idx)                                      # (B, G, 3)
+        _, idx = knn(centers, xyz, self.neighbours, lengths)            # (B, G, K)
         patches = gather(points, idx)                                   # (B, G, K, 3 + C)
         offset = patches[..., :3] - centers[:, :, None]                 # not scaled, as released
         x = self.first(torch.cat([offset, patches[..., 3:]], -1))       # (B, G, K, 256)

@@ -405,8 +405,8 @@ def check_outputs(files, folder):
     names = [Path(file).stem for file in files]
     for file, name in zip(files, names):
         if names.count(name) > 1:
-            raise InputError(f"--predict: several files are called {name}, and {folder}/{name}.ply "
-                             "can hold one; give them one at a time, each with its own --export")
+            raise InputError(f"--predict: several files are called {name}, and {folder} can "
+                             "hold one; give them one at a time, each with its own --export")
         if Path(file).resolve().parent == Path(folder).resolve():
             raise InputError(f"--export {folder}: {file} lies there and would be written over; "
                              "give another folder")
@@ -476,19 +476,19 @@ def clouds_in(folder):
     return files_in(folder, ROOMS)[0]
 
 
-def own_clouds(root, parts, how_to):
+def own_clouds(root, parts, how_to, suffixes=ROOMS, beside=".json"):
     """ROOT/PART/NAME.* -> the clouds of each part; the names in ROOT/classes.txt, () without it.
 
-    Names on stderr what is passed over. A NAME.json beside NAME.* holds its boxes.
+    Names on stderr what is passed over. NAME.json (`beside`) beside NAME.* holds its boxes.
     """
     found = []
     if root.is_dir():
-        say([passed_over(root, loose_in(root, ROOMS))])
+        say([passed_over(root, loose_in(root, suffixes))])
     for folder in (part_folder(root, part) for part in parts):
-        paths, others = files_in(folder, ROOMS)
+        paths, others = files_in(folder, suffixes)
         if not paths:
             raise InputError(f"{folder}: no clouds; {how_to}")
-        boxes = {path.with_suffix(".json") for path in paths}
+        boxes = {path.with_suffix(beside) for path in paths}
         say([passed_over(folder, [path for path in others if path not in boxes])])
         found.append(paths)
     path = root / "classes.txt"

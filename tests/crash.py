@@ -35,14 +35,15 @@ SMALL = {
                     "neighbours=16, queries=64, layers=2, epochs=4, batch_size=2, every=2)",
     "train_seg.py": "t.SYNTHETIC, small = (4, 2, 2000), dict(points=128, tokens=32, epochs=4, "
                     "batch_size=4, every=2)",
+    "train_outdoor.py": "t.SYNTHETIC, small = (8, 2), dict(voxel=1.0, width=.125, tokens=16, "
+                        "neighbours=4, epochs=4, batch_size=2, every=2)",
     "train_clip.py": "t.TEST, small = (1, 2), dict(objects=2, views=2, size=32, width=32, layers=2,"
                      " epochs=4, batch_size=40)",
     "train_clip2point.py": "t.HELD_OUT, t.SCANS, small = (1, 303), ((2, 1), (1, 2)), dict(objects="
                            "1, pictures=2, batch_size=20, epochs=2, points=256, adapter=2)",
 }
 MORE = {"train_fewshot.py": ["--way", "5", "--shot", "2", "--episodes", "2"]}
-TINY = {name: ["--clip", "timm:test_vit=random"]
-        for name in ("train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py")}
+TINY = {name: ["--clip", "timm:test_vit=random"] for name in SMALL if "clip" not in name}
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
             "--rdzv-endpoint=localhost:0"]
 

@@ -25,7 +25,7 @@ import run
 import train_clip
 import train_cls
 import train_fewshot
-from data import files, objects, prepared, s3dis, scannet, shapenet, synthetic_rooms
+from data import files, kitti, objects, prepared, s3dis, scannet, shapenet, synthetic_rooms
 from data.files import BrokenFile
 from run import InputError
 
@@ -73,6 +73,12 @@ def votenet(path):
     return scannet.read_votenet(path, nothing, nothing, nothing)
 
 
+def labels_of_a_scan(path):
+    scan = path.with_name("good.bin")
+    np.full((50, 4), 0.5, "<f4").tofile(scan)
+    return kitti.read_scan(scan, path, kitti.classes_of(kitti.CLASSES))
+
+
 READERS = {                                             # file: what is in it, who reads it
     "mesh.off": (off(), one_object), "mesh.obj": (OBJ.encode(), one_object),
     "mesh.stl": (STL, one_object), "mesh.ply": (ply_mesh(CUBE, FACES), one_object),
@@ -91,6 +97,8 @@ READERS = {                                             # file: what is in it, w
     "Area_1_x.npy": (array(np.c_[CLOUD, np.zeros((50, 4))]), s3dis.read_prepared),
     "chair_1.txt": ("\n".join(f"{x} {y} {z} 1 2 3" for x, y, z in CLOUD).encode(),
                     s3dis.read_annotation),
+    "scan.bin": (np.float32(np.c_[CLOUD, CLOUD[:, 0] * 0 + 0.5]).tobytes(), kitti.read_scan),
+    "scan.label": (np.full(50, 40, "<u4").tobytes(), labels_of_a_scan),
     "lines.txt": ("stühle\ntische\n".encode(), files.read_lines),
     "train.dat": (pickle.dumps(DAT, 2), lambda p: objects.read_dat([p])),
     "fold.pkl": (pickle.dumps(FOLD, 5), lambda p: objects.read_fold(p, range(9), 2, 1, 4)),

@@ -33,7 +33,9 @@ import train_clip2point
 import train_cls
 import train_det
 import train_fewshot
+import train_outdoor
 import train_seg
+from data import kitti, synthetic_street
 from data.files import write_ply
 from test_files import CUBE, FACES, ply, shapes
 
@@ -241,6 +243,37 @@ def test_each_segmentation_command_runs(command, tmp_path, monkeypatch, tiny_cli
     assert list(Path("runs").glob("seg-*/results.json"))
 
 
+@commands_of("train_outdoor.py")
+def test_each_outdoor_command_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
+    """As written, with few streets for the data, a small transformer and one epoch."""
+    words = words_of(command, "train_outdoor.py", epochs="1", seed="0", remission="1")
+    small_clip(monkeypatch, tiny_clip)
+    monkeypatch.setattr(synthetic_street, "BEAMS", 16)
+    monkeypatch.setattr(synthetic_street, "COLUMNS", 90)
+    scan = kitti.Scan("a", *synthetic_street.scan_street(0))
+    data = train_outdoor.Data([scan] * 4, [scan], kitti.CLASSES, lambda scan: scan, "streets")
+    monkeypatch.setattr(train_outdoor, "load_scans", lambda cfg: data)
+    monkeypatch.setattr(kitti, "pairs", lambda *_, **__: [(tmp_path / "11/velodyne/0.bin", None)])
+    small_recipes(monkeypatch, train_outdoor, train_outdoor.RECIPES["synthetic"]._replace(
+        voxel=1.0, width=0.125, tokens=16, neighbours=4, epochs=1, batch_size=2, every=1))
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("scan.bin"), Path("11/velodyne/0.bin")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.c_[scan.xyz, scan.remission].tofile(path)
+    run = run_above(words, train_outdoor.main, monkeypatch, "--epochs", "2")
+    capsys.readouterr()
+    train_outdoor.main(words)
+    printed = capsys.readouterr().out
+    if "--predict" in words:
+        assert Path(run, "predicted/scan.label").stat().st_size == 4 * len(scan.xyz)
+    elif "--export-test" in words:
+        place = Path(words[words.index("--export-test") + 1]) / "sequences/11/predictions/0.label"
+        assert place.stat().st_size == 4 * len(scan.xyz)
+    else:
+        assert "result   mIoU" in printed
+        assert ("resumed after" in printed) == ("--resume" in words)
+
+
 @commands_of("train_clip2point.py")
 def test_each_clip2point_command_runs(command, tmp_path, monkeypatch, capsys):
     """As written, with a small nano-CLIP, few clouds for the data set, and two epochs."""
@@ -371,7 +404,7 @@ def test_each_command_of_the_built_in_data_runs(command, tmp_path):
         words[words.index("--export") + 1] = str(tmp_path / "ply")
     done = python(ROOT, *words)
     assert done.returncode == 0, done.stderr
-    assert "40 classes" in done.stdout or "share of a room" in done.stdout
+    assert "40 classes" in done.stdout or "share of a " in done.stdout
     assert bool(list(tmp_path.glob("ply/*.ply"))) == ("--export" in words)
 
 
@@ -379,7 +412,7 @@ def test_every_command_of_readme_and_docs_is_covered_by_a_test_above():
     for command in COMMANDS:
         assert any(word in command for word in (
             "train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py",
-            "train_clip2point.py", "train_clip.py", "controls.py", "bench.py",
+            "train_outdoor.py", "train_clip2point.py", "train_clip.py", "controls.py", "bench.py",
             "python look.py", "python analyse.py", "python kernels/", "python -m data.",
             "pytest")), command
 
@@ -431,7 +464,8 @@ OBJECTS = ["--points", "64", "--groups", "8", "--neighbours", "8"]
 SCENES = ["--like", "synthetic", "--points", "256", "--tokens", "64", "--queries", "64"]
 SIZES = {"train_cls.py": [*OBJECTS, "--batch-size", "6"],
          "train_fewshot.py": [*OBJECTS, "--way", "3", "--shot", "2", "--episodes", "1"],
-         "train_det.py": SCENES, "train_seg.py": ["--like", "synthetic", "--points", "64"]}
+         "train_det.py": SCENES, "train_seg.py": ["--like", "synthetic", "--points", "64"],
+         "train_outdoor.py": ["--like", "synthetic", "--voxel", "2"]}
 ENDS = {"train_fewshot.py": "mean ± population standard deviation over 1 episodes"}
 FAST = ["--clip", "timm:test_vit=random", "--epochs", "1", "--device", "cpu", "--workers", "1"]
 
@@ -462,6 +496,13 @@ def tiny_data(root, script, data):
                 np.save(root / f"{name}_vert.npy", np.concatenate([xyz, rgb], 1))
                 np.save(root / f"{name}_bbox.npy", np.concatenate([boxes, nyu40[:, None]], 1))
                 np.save(root / f"{name}_sem_label.npy", nyu40[label])
+    elif script == "train_outdoor.py":
+        (root / "classes.txt").write_text("low\nhigh\n", encoding="utf-8")
+        for i, name in enumerate(("train/a", "train/b", "train/c", "train/d", "test/e")):
+            xyz, _, label, _ = tiny_room(i)
+            (root / name).parent.mkdir(exist_ok=True)
+            np.c_[9 * xyz, xyz[:, 0] / 2].astype("<f4").tofile(root / f"{name}.bin")
+            (label + 1).astype("<u4").tofile(root / f"{name}.label")
     else:
         det = script == "train_det.py"
         (root / "train").mkdir()
@@ -484,7 +525,8 @@ def test_every_script_has_a_row_in_the_table_of_forks():
 
 @pytest.mark.parametrize("script, data", [
     ("train_cls.py", "folder"), ("train_fewshot.py", "folder"), ("train_det.py", "folder"),
-    ("train_det.py", "scannet"), ("train_seg.py", "folder"), ("train_seg.py", "scannet")])
+    ("train_det.py", "scannet"), ("train_seg.py", "folder"), ("train_seg.py", "scannet"),
+    ("train_outdoor.py", "folder")])
 def test_a_script_runs_with_the_files_of_its_row_and_no_others(tmp_path, script, data):
     more = []
     if (script, data) == ("train_seg.py", "scannet"):
@@ -499,7 +541,8 @@ def test_a_script_runs_with_the_files_of_its_row_and_no_others(tmp_path, script,
     assert list((tmp_path / "fork/runs").glob("*/results.json"))
 
 
-FEW = {"train_cls": (2, 1), "train_fewshot": (2, 20), "train_det": (2, 1), "train_seg": (2, 1, 600)}
+FEW = {"train_cls": (2, 1), "train_fewshot": (2, 20), "train_det": (2, 1), "train_seg": (2, 1, 600),
+       "train_outdoor": (4, 1)}
 BUILT_IN = "import sys, {0}; {0}.SYNTHETIC = {1}; {0}.main(sys.argv[1:])"
 FEW_PICTURES = """import sys, train_clip as t; t.TEST = (1, 2); t.RECIPES["synthetic"] = t.RECIPES[
     "synthetic"]._replace(objects=1, views=2, size=32, width=32, layers=1, batch_size=40)
