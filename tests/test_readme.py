@@ -340,7 +340,8 @@ def test_each_command_of_the_controls_runs(command, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(controls, "SCRIPT", tmp_path / "script.py")
     Path("script.py").write_text(test_controls.SCRIPT, encoding="utf-8")
     controls.main([*words_of(command, "controls.py"), "--seeds", "1"])
-    row = "deep prompts" if "--ablations" in command else "shuffled, frozen, text loss"
+    row = "shuffled, frozen" + ", text loss" * ("--text-loss off" not in command)
+    row = "deep prompts" if "--ablations" in command else row
     assert f"| {row} | 1,234 |" in capsys.readouterr().out
 
 
