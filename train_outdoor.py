@@ -617,7 +617,7 @@ def predict(args, folder, cfg, saved, setup):
             what = ", ".join(f"{classes[k]} {100 * share[k]:.0f} %" for k in most if share[k] > 0)
             print(f"{file}: {len(predicted):,} points, {what} -> {path}")
     render.save(out / "look.png", picture(shown, classes))
-    print(f"{len(files):,} scans labelled; look at {out}/look.png")
+    print(f"{len(files):,} scan{'s' * (len(files) > 1)} labelled; look at {out}/look.png")
 
 
 def build(cfg, saved, setup):
@@ -669,7 +669,7 @@ def settings(args):
         if value is not None and not 0 < value < 1e6:
             raise InputError(f"--{name} {value:g} must be above 0")
     if (args.predict or args.tta or args.export_test) and not args.eval:
-        raise InputError("--predict, --tta and --export-test need a run: add --eval runs/outdoor-1")
+        raise InputError("--predict, --tta and --export-test need a run: add --eval runs/outdoor-...")
     if args.export and not args.predict:
         raise InputError("--export says where --predict writes; give both")
     if args.predict and args.export_test:
