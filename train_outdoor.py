@@ -669,7 +669,7 @@ def settings(args):
         if value is not None and not 0 < value < 1e6:
             raise InputError(f"--{name} {value:g} must be above 0")
     if (args.predict or args.tta or args.export_test) and not args.eval:
-        raise InputError("--predict, --tta and --export-test need a run: add --eval runs/outdoor-...")
+        raise InputError("--predict, --tta and --export-test need a run: add --eval runs/outdoor-1")
     if args.export and not args.predict:
         raise InputError("--export says where --predict writes; give both")
     if args.predict and args.export_test:
