@@ -1,12 +1,12 @@
 """Kill trainings at random moments and resume them: they must end as if nothing had happened.
 
-    python tests/crash.py                           10 runs of each script, each killed 3 times
+    python tests/crash.py                           10 runs of each script, killed up to 3 times
     python tests/crash.py train_det.py --runs 50 --seed 1
     python tests/crash.py train_cls.py --torchrun   2 processes, of which one is killed
 
 For developers, not for pytest: it takes minutes. What a run must share with one that nobody killed:
-the weights, every line of metrics.jsonl but its seconds, results.json but its seconds. Every word
-on stderr but those of a script that was stopped is a failure, and so is a process that is left.
+the weights, every line of metrics.jsonl but its seconds, results.json but its seconds. A traceback
+of a script is a failure, and so is a process that still runs a minute after another was killed.
 """
 import argparse
 import contextlib
@@ -56,7 +56,8 @@ class Script:
         self.code.write_text(
             f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport run, {task} as t\n"
             f"{SMALL[name]}\nfor key, recipe in t.RECIPES.items():\n"
-            "    t.RECIPES[key] = recipe._replace(**small)\nrun.main_guard(t.main)\n")
+            "    t.RECIPES[key] = recipe._replace(**small)\nrun.main_guard(t.main)\n",
+            encoding="utf-8")
 
     def start(self, *words):
         words = [*(TORCHRUN if self.torchrun else []), str(self.code), *map(str, words),
@@ -120,8 +121,9 @@ def ending(out):
             return {key: timeless(part) for key, part in x.items() if "seconds" not in key}
         return [timeless(part) for part in x] if isinstance(x, list) else x
 
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    plain = timeless([json.loads(text) for text in [(out / "results.json").read_text(), *lines]])
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    results = (out / "results.json").read_text(encoding="utf-8")
+    plain = timeless([json.loads(text) for text in (results, *lines)])
     weights = {path.name: torch.load(path, weights_only=True).get("model", {})
                for path in sorted(out.glob("*.pt"))}
     return plain, weights
