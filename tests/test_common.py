@@ -122,6 +122,20 @@ def test_bf16_weights_keep_norms_in_fp32_and_change_the_features_little(tiny_cli
     assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("groups, bf16, plain", [(8, True, True), (8, False, False),
+                                                 (130, True, False)])
+def test_few_tokens_in_bf16_on_a_cpu_take_torch_s_plain_attention(tiny_clip, groups, bf16, plain):
+    clip = common.load_clip(tiny_clip)
+    encoder = common.EPCLEncoder(clip, task_tokens=3)
+    seen = []
+    clip.blocks[-1].register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))    # CPUs heed it, too
+    tokens = torch.randn(2, groups, clip.width)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        encoder(tokens, torch.randn(2, groups, 3))
+    assert seen == [not plain] and torch.backends.cuda.flash_sdp_enabled()
+
+
 def official_logits(state, points):
     """An independent reimplementation of the released classifier in eval mode: 1x1 convolutions,
     OpenAI's sequence-first blocks, all of it with plain functions and none of our modules."""
