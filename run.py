@@ -505,6 +505,13 @@ def writing(path, cure="make room; what was there before is intact"):
         raise InputError(f"{path}: cannot be written ({reason}); {cure}") from None
 
 
+def best_of(at):
+    """What a result line says of the best epoch, which the test set chose."""
+    if not at["best_epoch"]:
+        return "no epoch was tested before"
+    return f"best on test: {100 * at['best']:.2f} % in epoch {at['best_epoch']}"
+
+
 def versions():
     """What ran, for config.json."""
     git = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

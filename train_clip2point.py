@@ -38,8 +38,8 @@ from data import objects
 from data.files import columns, read_boxes, read_json, read_ply, reading
 from data.meshes import sample_surface
 from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
-from run import (InputError, Run, Setup, main_guard, parameter_groups, recipe_parser, seed_of,
-                 shared_flags, shared_settings, whole, with_flags, world_size)
+from run import (InputError, Run, Setup, best_of, main_guard, parameter_groups, recipe_parser,
+                 seed_of, shared_flags, shared_settings, whole, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -530,8 +530,8 @@ def main(argv=None):
         at = run.at
         run.print(f"result   {tests[-1].name}, zero-shot: {percent(metrics['accuracy'])} of "
                   f"{len(classes)} classes, before {percent(metrics['before'])}; epoch "
-                  f"{at['epoch']} (best on test: {percent(at['best'])} in epoch "
-                  f"{at['best_epoch']}); {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
+                  f"{at['epoch']} ({best_of(at)}); {cfg['data']}, {clip.name}, "
+                  f"{at['seconds']:.0f} s")
     if not args.eval and tests:
         render.save(run.folder / "look.png",
                     picture(model.towers["depth"], tests[-1], clip, text, cfg, setup))

@@ -22,9 +22,9 @@ from checkpoint import amount, check_frozen, load_weights, saved_settings, train
 from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
 from data import objects
 from kernels import farthest_point_sample
-from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, parameter_groups,
-                 recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags,
-                 world_size)
+from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows,
+                 parameter_groups, recipe_parser, seed_of, shared_flags, shared_settings, whole,
+                 with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -311,8 +311,8 @@ def main(argv=None):
     metrics, at = {"accuracy": overall, "mean_class_accuracy": mean}, run.at
     run.print(worst_pairs(confusion, classes))
     run.print(f"result   accuracy {100 * overall:.2f} %, mean class accuracy {100 * mean:.2f} %, "
-              f"epoch {at['epoch']} (best on test: {100 * at['best']:.2f} % in epoch "
-              f"{at['best_epoch']}); {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
+              f"epoch {at['epoch']} ({best_of(at)}); {cfg['data']}, {clip.name}, "
+              f"{at['seconds']:.0f} s")
     if args.vote:
         votes = evaluate(model, stored.xyz, stored.label, setup, recipe, args.vote, cfg["seed"])
         voted = metrics[f"accuracy_{args.vote}_votes"] = accuracies(votes)[0]

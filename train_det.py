@@ -34,8 +34,9 @@ from data import scannet
 from data.files import (BrokenFile, check_outputs, check_span, own_clouds, read_boxes, read_cloud,
                         usable_boxes, write_boxes)
 from kernels import ball_query, farthest_point_sample
-from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, rank, recipe_parser,
-                 seed_of, shared_flags, shared_settings, whole, with_flags, world_size)
+from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows, rank,
+                 recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags,
+                 world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -743,9 +744,8 @@ def main(argv=None):
     of_run = f" of a run on {cfg.get('trained_on')}"
     if "trained_on" not in cfg:
         seen = mean_ap(evaluate(model, train_scenes, setup, recipe)[0])
-        of_run = (f" (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']}; on "
-                  f"{len(train_scenes)} training scenes {100 * seen[0.25]:.2f} and "
-                  f"{100 * seen[0.5]:.2f})")
+        of_run = (f" ({best_of(at)}; on {len(train_scenes)} training scenes "
+                  f"{100 * seen[0.25]:.2f} and {100 * seen[0.5]:.2f})")
     run.print(f"result   mAP@0.25 {100 * ap[0.25]:.2f} %, mAP@0.50 {100 * ap[0.5]:.2f} %, epoch "
               f"{at['epoch']}{of_run}; {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
     if args.export and rank() == 0:

@@ -38,8 +38,8 @@ from data.kitti import IGNORE, THINGS, Scan
 from kernels import interpolate
 from kernels.sparse_conv import (FARTHEST, SparseTensor, devoxelise, strided_conv, submanifold_conv,
                                  transposed_conv)
-from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, rank, recipe_parser,
-                 seed_of, shared_flags, shared_settings, whole, with_flags, world_size)
+from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows, rank,
+                 recipe_parser, seed_of, shared_flags, shared_settings, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -85,18 +85,19 @@ class Data(NamedTuple):
     form: str
 
 
-def load_scans(cfg):
-    """What there is to read: of files, nothing is held."""
-    root = Path(cfg["root"] or f"data/{cfg['data']}")
+def load_scans(cfg, training=True):
+    """What there is to read: of files, nothing is held. training=False: the test scans will do."""
     if cfg["data"] == "synthetic":
         return load_synthetic()
+    root = Path(cfg["root"] or f"data/{cfg['data']}")
     if cfg["data"] == "semantickitti":
-        train, test = kitti.scans(root)
-        classes, table = kitti.CLASSES, kitti.classes_of(kitti.CLASSES)
+        train = kitti.pairs(root, kitti.TRAIN) if training else []
+        test = kitti.pairs(root, kitti.VAL)
+        classes, table = kitti.CLASSES, kitti.published_classes()
         form = f"{root}, sequences 00 to 10; 08: {len(test):,} test scans"
     else:
         train, test, classes = kitti.own_scans(root)
-        table, form = kitti.own_classes_of(classes), f"scans under {root}"
+        table, form = kitti.own_classes(classes), f"scans under {root}"
     read = lambda entry: kitti.read_scan(*entry, table, cfg["remission"])       # noqa: E731
     return Data(train, test, classes, read, form)
 
@@ -112,8 +113,9 @@ def load_synthetic():
 
 
 def ahead(work, jobs, workers):
-    """Yield work(*job) for every job, in order. Threads are up to 2 · workers jobs ahead."""
-    jobs = iter(jobs)
+    """Yield work(*job) for every job, in order. Threads, which all processes share, are up to
+    2 · workers jobs ahead."""
+    jobs, workers = iter(jobs), max(1, workers // world_size())
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque(pool.submit(work, *job) for job in islice(jobs, 2 * workers))
         while waiting:
@@ -127,7 +129,8 @@ def part_of(scan, rows):
 
 
 def joined(scans):
-    return Scan(scans[0].name, *map(np.concatenate, list(zip(*scans))[1:]))
+    name = " mixed with ".join(dict.fromkeys(scan.name for scan in scans))
+    return Scan(name, *map(np.concatenate, list(zip(*scans))[1:]))
 
 
 def turned(scan, angle):
@@ -187,8 +190,8 @@ def voxels_of(scan, side):
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     if len(first) > MOST or size.max() > FARTHEST:
         raise BrokenFile(f"{scan.name}: {len(first):,} voxels of {side:g} m, {size.max():,} from "
-                         f"end to end, at most {MOST:,} and {FARTHEST:,} are meant; pass a larger "
-                         "--voxel, or take the scan out of the data")
+                         f"end to end, at most {MOST:,} and {FARTHEST:,} are meant; train with a "
+                         "larger --voxel, or take the scan out of the data")
     feats = np.c_[scan.xyz, scan.remission][first]
     return Voxels(place[first].astype(np.int32), feats, scan.label[first], inverse.reshape(-1))
 
@@ -221,7 +224,8 @@ class Layer(nn.Module):
     def __init__(self, conv, taps, width_in, width, relu=True):
         super().__init__()
         self.conv, self.norm, self.relu = conv, BatchNorm(width), relu
-        bound = (taps * width_in) ** -0.5
+        fan = taps * (width if conv is transposed_conv else width_in)           # as torchsparse
+        bound = fan ** -0.5
         self.weight = nn.Parameter(torch.empty(taps, width_in, width).uniform_(-bound, bound))
 
     def forward(self, x):
@@ -392,7 +396,8 @@ def label_scans(model, entries, read, cfg, setup, tta=False):
         return scan, [voxels_of(s, cfg["recipe"]["voxel"]) for s in seen]
 
     jobs = ((entry,) for entry in entries)
-    for scan, seen in ahead(views, jobs, cfg["workers"]):
+    workers = min(cfg["workers"], 2) if tta else cfg["workers"]     # ten views are 55 MB a scan
+    for scan, seen in ahead(views, jobs, workers):
         total = 0
         for voxels in seen:
             coords, feats, _ = batch_of([voxels], setup.device)
@@ -417,6 +422,9 @@ def evaluate(model, data, cfg, setup, tta=False, shown=None):
         if shown is not None and len(shown) < SHOWN:
             shown.append((scan, predicted.numpy()))
     counts = all_reduce(counts.to(setup.device)).cpu()
+    if not counts[:-1].any():
+        raise InputError(f"{data.form}: no point of the {len(data.test):,} test scans has a label; "
+                         "check the numbers in the .label files")
     return counts[:-1].view(classes, classes), int(counts[-1])
 
 
@@ -481,7 +489,10 @@ def train(model, data, run):
         for _ in run.steps(steps, low=1e-5 * recipe.lr):
             run.sums += train_step(wrapped, optimizer, voxels, parts, run)
         loss, right, n = run.totals("loss")
-        loss, right = loss / max(n, 1), right / max(n, 1)
+        if not n:
+            raise InputError(f"{data.form}: no point of the scans of epoch {epoch + 1} has a label; "
+                             "check the numbers in the .label files")
+        loss, right = loss / n, right / n
         cells, metrics = f"{loss:8.4f} {100 * right:9.2f}", {"loss": loss, "train_oa": right}
         if not run.due(recipe.every):
             run.row(None, cells + " " * 18, **metrics)
@@ -511,14 +522,19 @@ def my_parts(batch, accumulate):
 def train_step(model, optimizer, voxels, parts, run):
     """One step. voxels: an iterator of Voxels, those of each part in turn.
 
-    -> sums over the labelled voxels of this process: loss, right answers, voxels. The Lovasz term
-    is that of each part by itself, as on each GPU of the release.
+    -> sums over the labelled voxels of this process: loss, right answers, voxels. The loss of each
+    part is by itself, as on each GPU of the release.
     """
     setup = run.setup
     sums = torch.zeros(3, dtype=torch.float64, device=setup.device)
     optimizer.zero_grad(set_to_none=True)
     for part, share in parts:
-        coords, feats, label = batch_of([*islice(voxels, len(part))], setup.device)
+        drawn = [*islice(voxels, len(part))]
+        if world_size() == len(drawn) == 1 and drawn[0].coords.max() < 2 ** 4:
+            raise InputError("a part of a step is one scan that fills one voxel at the bottom, and "
+                             "batch norm needs two; pass a smaller --voxel or --accumulate, or a "
+                             "larger --batch-size")
+        coords, feats, label = batch_of(drawn, setup.device)
         with setup.autocast():
             logits = model(coords, feats)                           # (V, C)
         loss = loss_of(logits, label)
@@ -538,10 +554,11 @@ def main(argv=None):
     setup = Setup(args.device, cfg["precision"])
     if args.predict or args.export_test:
         return predict(args, folder, cfg, saved, setup)
-    data = load_scans(cfg)
+    data = load_scans(cfg, training=not args.eval)
     if saved and list(data.classes) != cfg["classes"]:
-        raise InputError(f"{data.form}: has other classes than the run: "
-                         f"{', '.join(data.classes)[:200]}")
+        raise InputError(f"{data.form}: has the classes {', '.join(data.classes)[:200]}; the run "
+                         f"has {', '.join(cfg['classes'])[:200]}, in this order; make classes.txt "
+                         "and labels agree")
     cfg["classes"] = list(data.classes)
     clip, model = build(cfg, saved, setup)
     recipe = Recipe(**cfg["recipe"])
@@ -569,10 +586,9 @@ def main(argv=None):
         run.print(line)
     run.print(f"speed    {voxels / seconds:,.0f} voxels a second, "
               f"{len(data.test) / seconds:.2f} scans a second")
-    views = f", sum of {len(VIEWS)} views" if args.tta else ""
     run.print(f"result   mIoU {100 * result['miou']:.2f} %, OA {100 * result['oa']:.2f} %, every "
-              f"labelled point of {len(data.test)} scans{views}, epoch {at['epoch']} (best on "
-              f"test: {100 * at['best']:.2f} in epoch {at['best_epoch']}); {cfg['data']}, "
+              f"labelled point of {len(data.test)} scans{views_of(args)}, epoch {at['epoch']} "
+              f"({best_of(at)}); {cfg['data']}, "
               f"{'no transformer' if cfg['no_transformer'] else clip.name}, {at['seconds']:.0f} s")
     if not args.eval:
         iou = [None if np.isnan(x) else float(x) for x in result["iou"]]
@@ -584,12 +600,21 @@ def main(argv=None):
         run.print(f"look     {run.folder}/look.png")
 
 
+def views_of(args):
+    return f", sum of {len(VIEWS)} views" if args.tta else ""
+
+
 def predict(args, folder, cfg, saved, setup):
-    """.label of anybody's scans, or of the benchmark's test sequences, with a saved run."""
+    """.label of anybody's scans, or of the benchmark's test sequences, with a saved run. Files are
+    shared between processes."""
     read = partial(kitti.read_scan, full=cfg["remission"])
     if args.predict:
         out, files = Path(args.export or folder / "predicted"), [Path(f) for f in args.predict]
         check_outputs(files, out)
+        for file in files:
+            if (file.resolve().parent.parent / "labels") == out.resolve():
+                raise InputError(f"--export {out}: holds the labels of {file}, which would be "
+                                 "written over; give another folder")
         for file in files:                  # all can be read, or none is labelled
             voxels_of(read(file), cfg["recipe"]["voxel"])
         where = [out / f"{file.stem}.label" for file in files]
@@ -601,6 +626,8 @@ def predict(args, folder, cfg, saved, setup):
         files = [file for file, _ in kitti.pairs(root, kitti.TEST, labels=False)]
         where = [out / "sequences" / file.parts[-3] / "predictions" / f"{file.stem}.label"
                  for file in files]
+    count, mine = len(files), slice(rank(), None, world_size())
+    files, where = files[mine], where[mine]
     _, model = build(cfg, saved, setup)
     classes, shown = cfg["classes"], []
     numbers = np.arange(1, len(classes) + 1) if cfg["data"] == "folder" else (
@@ -616,8 +643,9 @@ def predict(args, folder, cfg, saved, setup):
             most = share.argsort(descending=True)[:5].tolist()
             what = ", ".join(f"{classes[k]} {100 * share[k]:.0f} %" for k in most if share[k] > 0)
             print(f"{file}: {len(predicted):,} points, {what} -> {path}")
-    render.save(out / "look.png", picture(shown, classes))
-    print(f"{len(files):,} scan{'s' * (len(files) > 1)} labelled; look at {out}/look.png")
+    if rank() == 0:
+        render.save(out / "look.png", picture(shown, classes))
+        print(f"{count:,} scan{'s' * (count > 1)} labelled{views_of(args)}; look at {out}/look.png")
 
 
 def build(cfg, saved, setup):
@@ -666,8 +694,8 @@ def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     for name in ("voxel", "remission"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < 1e6:
-            raise InputError(f"--{name} {value:g} must be above 0")
+        if value is not None and not 1e-3 <= value < 1e6:       # smaller: places overflow int64
+            raise InputError(f"--{name} {value:g} must be at least 0.001 and below 1,000,000")
     if (args.predict or args.tta or args.export_test) and not args.eval:
         raise InputError("--predict, --tta and --export-test need a run: add --eval runs/outdoor-1")
     if args.export and not args.predict:

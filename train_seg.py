@@ -31,9 +31,9 @@ from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather,
 from data import s3dis
 from data.files import BrokenFile, check_outputs, check_span, own_clouds, read_cloud, write_ply
 from kernels import farthest_point_sample, interpolate, knn
-from run import (InputError, Run, Setup, all_reduce, main_guard, my_rows, parameter_groups, rank,
-                 recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags,
-                 world_size)
+from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows,
+                 parameter_groups, rank, recipe_parser, seed_of, shared_flags, shared_settings,
+                 whole, with_flags, world_size)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -536,7 +536,7 @@ def main(argv=None):
     voted = f", {votes} votes" if votes > 1 else ""
     of_run = f" of a run on {cfg.get('trained_on')}"
     if "trained_on" not in cfg:
-        of_run = f" (best on test: {100 * at['best']:.2f} in epoch {at['best_epoch']})"
+        of_run = f" ({best_of(at)})"
     run.print(f"result   mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, OA "
               f"{100 * result['oa']:.2f} %, every point of {len(test)} rooms{voted}, epoch "
               f"{at['epoch']}{of_run}; {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")

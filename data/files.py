@@ -3,7 +3,7 @@
     cloud = read_cloud("room.ply", classes=13)      a room: points, colours, labels
     names, boxes = read_boxes("room.json")
 
-Whatever is wrong with a file is a BrokenFile of one line: `reading` is the guard around every
+Whatever is wrong with a file is a BrokenFile of one line: `reading` or `guarding` is around every
 reader. What makes arrays looks first: at kinds of numbers, and at sizes before it asks for memory.
 """
 import io
@@ -46,16 +46,23 @@ def broken(where, error, cure="repair the file or move it out of the data"):
 
 
 @contextmanager
-def reading(where, cure="repair it"):
-    """The one guard: whatever a reader makes of the file `where`, in here, is a BrokenFile."""
+def guarding(where, cure="repair it"):
+    """Whatever a reader makes of the file `where`, in here, is a BrokenFile. For threads, too."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # numpy's remarks on empty text, overflows
-            yield
+        yield
     except InputError:                                  # it knows better what is wrong
         raise
     except Exception as error:
         raise broken(where, error, cure) from None
+
+
+@contextmanager
+def reading(where, cure="repair it"):
+    """The same, without numpy's remarks on empty text and overflows. Not for threads: the filters of
+    warnings are the process's, and two that put them back may leave all warnings silenced."""
+    with guarding(where, cure), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def text_of(blob, errors="strict"):

@@ -1,7 +1,7 @@
 """Lidar scans: SemanticKITTI as published, and anybody's in the same form, read one at a time.
 
     train, test = scans("dataset")                          # [(NAME.bin, NAME.label), ...]
-    scan = read_scan(*train[0], classes_of(CLASSES))        # points, remission, labels
+    scan = read_scan(*train[0], published_classes())        # points, remission, labels
 
 A scan is float32 rows x, y, z, remission, in metres, the sensor at 0; its labels are uint32, the
 class in the low 16 bits, the number of the object in the high ones. All 23,201 labelled scans are
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import BrokenFile, broken, own_clouds, reading
-from run import InputError
+from data.files import BrokenFile, broken, files_in, guarding, own_clouds, passed_over, say
+from run import InputError, writing
 
 # name, the number that stands for it in a file of labels, others that count as the same; the rest
 # of the published map (outlier, other structure, other object: 1, 52, 99) counts as unlabelled, 0
@@ -29,7 +29,7 @@ CLASSES = tuple(name for name, *_ in SEMANTIC_KITTI)
 THINGS = CLASSES[:8]                        # what moves; the rest is where it stands
 TRAIN, VAL, TEST = (0, 1, 2, 3, 4, 5, 6, 7, 9, 10), (8,), tuple(range(11, 22))
 IGNORE, UNKNOWN = -1, -2                    # no class; not a label at all
-FARTHEST = 1000.0                           # metres: no lidar sees so far
+REACH = 1000.0                              # metres: no lidar sees so far
 GET_KITTI = ("fetch the velodyne scans and labels linked from semantic-kitti.org and pass --root "
              "FOLDER with FOLDER/sequences/00/{velodyne/000000.bin,labels/000000.label}, ...")
 GET_OWN = ("pass --root FOLDER with FOLDER/classes.txt, a name in each line, and FOLDER/"
@@ -45,16 +45,16 @@ class Scan(NamedTuple):
 
 
 # ---- Labels --------------------------------------------------------------------------------------
-def classes_of(names):
-    """SemanticKITTI's numbers -> number in `names`, for all 16 bits: (65536,), IGNORE, UNKNOWN."""
+def published_classes():
+    """SemanticKITTI's numbers -> number in CLASSES, for all 16 bits: (65536,), IGNORE, UNKNOWN."""
     table = np.full(2 ** 16, UNKNOWN)
     table[list(UNLABELLED)] = IGNORE
-    for name, *numbers in SEMANTIC_KITTI:
-        table[numbers] = names.index(name) if name in names else IGNORE
+    for k, (_, *numbers) in enumerate(SEMANTIC_KITTI):
+        table[numbers] = k
     return table
 
 
-def own_classes_of(names):
+def own_classes(names):
     """The same for anybody's scans: line of classes.txt from 1, 0 for none."""
     table = np.full(2 ** 16, UNKNOWN)
     table[:len(names) + 1] = np.arange(-1, len(names))
@@ -78,12 +78,17 @@ def pairs(root, sequences, labels=True):
     found = []
     for number in sequences:
         folder = sequence_folder(root, number)
-        files = sorted(folder.glob("velodyne/*.bin"))
+        files, others = files_in(folder / "velodyne", (".bin",))
         if not files:
             raise InputError(f"{folder}/velodyne: no scans; {GET_KITTI}")
+        if labels:                          # without its scan a label would be left out in silence
+            names = {path.stem for path in files}
+            others += [path for path in files_in(folder / "labels", (".label",))[0]
+                       if path.stem not in names]
+        say([passed_over(folder, others)])
         for path in files:
             label = folder / "labels" / f"{path.stem}.label" if labels else None
-            check_sizes(path, label)
+            check_bytes(path, label)
             found.append((path, label))
     return found
 
@@ -107,11 +112,11 @@ def own_scans(root):
         raise InputError(f"{root}/classes.txt: missing; {GET_OWN}")
     found = [[(path, path.with_suffix(".label")) for path in part] for part in parts]
     for path, label in (pair for part in found for pair in part):
-        check_sizes(path, label)
+        check_bytes(path, label)
     return *found, names
 
 
-def check_sizes(path, label=None):
+def check_bytes(path, label=None):
     """BrokenFile where the sizes of a scan and of its labels cannot be right."""
     size = os.stat(path).st_size
     if size == 0 or size % 16:
@@ -129,16 +134,16 @@ def check_sizes(path, label=None):
 
 # ---- One scan ------------------------------------------------------------------------------------
 def read_scan(path, label=None, table=None, full=1.0):
-    """NAME.bin, NAME.label or None -> Scan. table: of `classes_of`; full: highest remission."""
+    """NAME.bin, NAME.label or None -> Scan. table: of `published_classes`; full: highest remission."""
     path = Path(path)
-    check_sizes(path, label)
-    with reading(path):
+    check_bytes(path, label)
+    with guarding(path):
         rows = np.fromfile(path, "<f4").reshape(-1, 4)
         bad = ~np.isfinite(rows).all(1)
         if bad.any():
             raise ValueError(f"NaN or infinite numbers in {bad.sum():,} of {len(rows):,} points")
         far = np.abs(rows[:, :3]).max()
-        if far > FARTHEST:
+        if far > REACH:
             raise broken(path, f"has a point {far:,.0f} m from the sensor",
                          "coordinates are metres; repair it")
         low, high = rows[:, 3].min() / full, rows[:, 3].max() / full
@@ -147,7 +152,7 @@ def read_scan(path, label=None, table=None, full=1.0):
                          f"to {full:g}", "pass --remission R, the highest of your sensor, e.g. 255")
     classes = np.full(len(rows), IGNORE)
     if label is not None:
-        with reading(label):
+        with guarding(label):
             number = np.fromfile(label, "<u4") & 0xFFFF             # the object's is above
             classes = table[number]
             if (classes == UNKNOWN).any():
@@ -167,9 +172,6 @@ def known(table):
 def write_labels(path, predicted, numbers):
     """Class of each point (n,) -> NAME.label in the benchmark's form. numbers: of each class."""
     path = Path(path)
-    try:
+    with writing(path, "make room or give another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.asarray(numbers, "<u4")[predicted].tofile(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make room or give "
-                         "another folder") from None
+        path.write_bytes(np.asarray(numbers, "<u4")[predicted].tobytes())   # tofile hides errors

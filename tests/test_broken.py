@@ -76,7 +76,7 @@ def votenet(path):
 def labels_of_a_scan(path):
     scan = path.with_name("good.bin")
     np.full((50, 4), 0.5, "<f4").tofile(scan)
-    return kitti.read_scan(scan, path, kitti.classes_of(kitti.CLASSES))
+    return kitti.read_scan(scan, path, kitti.published_classes())
 
 
 READERS = {                                             # file: what is in it, who reads it

@@ -1,4 +1,7 @@
 """data/kitti.py: SemanticKITTI's map and splits, scans read rightly or named in one line."""
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -11,7 +14,7 @@ MAP = {0: 0, 1: 0, 52: 0, 99: 0, 10: 1, 252: 1, 11: 2, 15: 3, 18: 4, 258: 4, 13:
        256: 5, 257: 5, 259: 5, 30: 6, 254: 6, 31: 7, 253: 7, 32: 8, 255: 8, 40: 9, 60: 9, 44: 10,
        48: 11, 49: 12, 50: 13, 51: 14, 70: 15, 71: 16, 72: 17, 80: 18, 81: 19}
 BACK = [10, 11, 15, 18, 20, 30, 31, 32, 40, 44, 48, 49, 50, 51, 70, 71, 72, 80, 81]
-TABLE = kitti.classes_of(kitti.CLASSES)
+TABLE = kitti.published_classes()
 
 
 def write_scan(folder, name="000000", points=50, seed=0, labels=True):
@@ -142,6 +145,35 @@ def test_what_is_missing_is_named_before_anything_is_read(published):
         kitti.scans(published / "nowhere")
 
 
+def test_no_scan_is_left_out_or_invented_in_silence(published, capsys):
+    folder = published / "sequences/08"
+    write_scan(folder, "000001")
+    (folder / "velodyne/000001.bin").rename(folder / "velodyne/000001.BIN")
+    (folder / "velodyne/._000000.bin").write_bytes(bytes(16))          # what a Mac leaves
+    (folder / "labels/000003.label").write_bytes(bytes(16))
+    (folder / "velodyne/notes.txt").write_text("x", encoding="utf-8")
+    assert [path.name for path, _ in kitti.scans(published)[1]] == ["000000.bin", "000001.BIN"]
+    said = capsys.readouterr().err
+    assert said == f"{folder}: passed over 2 files: velodyne/notes.txt, labels/000003.label\n"
+    write_scan(folder, "000000 (1)")
+    with pytest.raises(InputError, match="000000"):
+        kitti.scans(published)
+
+
+def test_readers_in_threads_leave_the_filters_of_warnings_alone(published):
+    entries = kitti.scans(published)[0] * 4
+    before = [*warnings.filters]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert len([*pool.map(lambda entry: kitti.read_scan(*entry, TABLE), entries)]) == 40
+    assert warnings.filters == before
+
+
+def test_a_full_disk_is_one_line():
+    with pytest.raises(InputError, match="/dev/full: cannot be written .*; make room or give"):
+        kitti.write_labels("/dev/full", np.zeros(4, int), np.arange(1, 3))
+
+
 def test_own_scans_have_their_own_classes(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
@@ -152,7 +184,7 @@ def test_own_scans_have_their_own_classes(tmp_path):
     (tmp_path / "classes.txt").write_text("ground\ntree\n", encoding="utf-8")
     train, test, names = kitti.own_scans(tmp_path)
     assert names == ("ground", "tree") and len(train) == len(test) == 1
-    table = kitti.own_classes_of(names)
+    table = kitti.own_classes(names)
     assert kitti.read_scan(*train[0], table).label.tolist() == [-1, 0, 1, 1]
     np.array([0, 1, 2, 3], "<u4").tofile(test[0][1])
     with pytest.raises(BrokenFile, match="has the label 3, which is not in the map: 0 to 2; rep"):

@@ -252,7 +252,7 @@ def test_each_outdoor_command_runs(command, tmp_path, monkeypatch, tiny_clip, ca
     monkeypatch.setattr(synthetic_street, "COLUMNS", 90)
     scan = kitti.Scan("a", *synthetic_street.scan_street(0))
     data = train_outdoor.Data([scan] * 4, [scan], kitti.CLASSES, lambda scan: scan, "streets")
-    monkeypatch.setattr(train_outdoor, "load_scans", lambda cfg: data)
+    monkeypatch.setattr(train_outdoor, "load_scans", lambda cfg, training=True: data)
     monkeypatch.setattr(kitti, "pairs", lambda *_, **__: [(tmp_path / "11/velodyne/0.bin", None)])
     small_recipes(monkeypatch, train_outdoor, train_outdoor.RECIPES["synthetic"]._replace(
         voxel=1.0, width=0.125, tokens=16, neighbours=4, epochs=1, batch_size=2, every=1))
