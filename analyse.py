@@ -107,7 +107,7 @@ def load_objects(cfg, size, device):
     points = torch.from_numpy(xyz[rows]).to(device)
     turned = clip2point.y_up(objects.unit_sphere(points), up)
     views = torch.tensor([(1, *VIEW), (1, VIEW[0], VIEW[1] + 90)], device=device)
-    maps = [clip2point.depth_maps(part, views, size, 0.02 if size >= 224 else 0.06)
+    maps = [clip2point.depth_maps(part, views, size, clip2point.radius_of(size))
             for part in turned.split(BATCH)]
     pictures, drawn = torch.cat(maps)[:, :, None].expand(-1, -1, 3, -1, -1).unbind(1)
     if meshes:
@@ -203,15 +203,16 @@ def prompts_of(clip, classes):
 def words_for(clip, embedding, label, classes):
     """Retrieval, not generation: of each cloud the five captions whose products with its embedding
     (S, E) are the largest, as the text loss takes them. -> [[caption, ...], ...], numbers."""
-    names = sorted({*ALL_CLASSES, *prompts_of(clip, classes)[0]})
-    captions = [(name, " ".join(filter(None, (shape, name.replace("_", " "), side))))
-                for name in names for shape in SHAPES for side in SIDES]
+    own = [name.replace("_", " ").lower() for name in classes]          # text towers read no case
+    names = sorted({*own, *(name.replace("_", " ") for name in ALL_CLASSES)})
+    captions = [(name, " ".join(filter(None, (shape, name, side)))) for name in names for shape in SHAPES for side in SIDES]
     text = clip.text_features([common.PROMPT.format(words) for _, words in captions])
     best = (embedding @ text.to(embedding).T).topk(5).indices.tolist()  # (S, 5)
-    right = np.array([[captions[j][0] == classes[k] for j in row]
+    right = np.array([[captions[j][0] == own[k] for j in row]
                       for row, k in zip(best, label.tolist())])
     return [[captions[j][1] for j in row] for row in best], {
-        "captions": len(captions), "chance": 1 / len(names), "first_names_the_class":
+        "captions": len(captions), "chance": 1 / len(names),
+        "chance_of_five": 1 - (1 - 1 / len(names)) ** 5, "first_names_the_class":
         right[:, 0].mean(), "one_of_five_does": right.any(1).mean()}
 
 
@@ -230,6 +231,8 @@ def zero_shot(prompts, classes, label, **features):
     text, names = torch.stack([*prompts.values()]), np.array([*prompts])
     true = np.array(classes)[label.cpu()]
     known = np.isin(true, names)
+    if not known.any():
+        return None
     return {"chance": 1 / len(names), **{
         kind: (names[(F.normalize(x, dim=1) @ text.to(x).T).argmax(1).cpu()] == true)[known].mean()
         for kind, x in features.items()}}
@@ -387,6 +390,8 @@ def main(argv=None):
     objs = load_objects(cfg, stem.size, device)
     torch.manual_seed(seed_of(cfg["seed"]))                             # as train_cls.py began
     model = Classifier(clip, len(classes), cfg).to(device)
+    settle(model, objs.points)
+    check_open(model, objs.points[:BATCH])
     run = Path(args.run)
     report = Report(Path(args.out or (run if run.is_dir() else run.parent) / "analysis"),
                     run=args.run, data=cfg["data"], clip=cfg["frozen"], objects=len(objs.label),
@@ -396,12 +401,10 @@ def main(argv=None):
         report.leave_out("tokens.png, correlation.png, deletion.png, tsne.png",
                          "matplotlib is not installed; pip install matplotlib")
 
-    settle(model, objs.points)
     untrained = (layers_of_clouds(model, objs.points),
                  layers_of_pictures(clip, stem, objs.pictures))
     load_weights(model, saved["model"], where=f"{args.run}: its weights")
     model.eval()
-    check_open(model, objs.points[:BATCH])
     clouds, pictures = trained = (layers_of_clouds(model, objs.points),
                                   layers_of_pictures(clip, stem, objs.pictures))
     drawn = layers_of_pictures(clip, stem, objs.drawn)
@@ -414,10 +417,13 @@ def main(argv=None):
     if cfg["deep_prompt"]:
         report.leave_out("saliency.png, deletion.png", "the rule follows rows from block to block, "
                          "and --deep-prompt replaces some in each")
+    elif cfg["recipe"]["groups"] < 3:
+        report.leave_out("saliency.png, deletion.png", "a cloud is too few patches to leave some "
+                         "out; they take three or more")
     else:
         report_saliency(report, model, stem, objs, classes, prompts, rows)
     embedding = embeddings(model, objs.points)                          # (S, 512)
-    if clip.text is not None and cfg["text_loss"] == "off":
+    if clip.text is not None and (cfg["text_loss"] == "off" or len(prompts) < len(classes)):
         report.leave_out("words.png", "the run had no text loss, so nothing ties its embedding to "
                          "words")
     elif clip.text is not None:
@@ -432,15 +438,17 @@ def main(argv=None):
 
 def report_layers(report, clip, label, pairs):
     """pairs: {what is compared with pictures: (its Layers, the pictures')}."""
-    (_, pictures), *clouds = pairs.values()
+    _, pictures = next(iter(pairs.values()))
     tokens = {"pictures": pictures.numbers,
               **{name: x.numbers for name, (x, _) in [*pairs.items()][1:]}}
     found = {name: alignments(clip, *pair, label) for name, pair in pairs.items()}
     report.numbers.update(tokens=tokens, correlation=found)
     for name, layers in found.items():
         last = layers["projected"]
+        low, high = last["gap_permuted"]
         print(f"alike    {name}: correlation with its picture {last['matched']:.3f}, with others "
-              f"{last['matched'] - last['gap']:.3f}; the nearest is its own {percent(last['top1'])}"
+              f"{last['matched'] - last['gap']:.3f} (by chance within {low:+.3f}, {high:+.3f} of "
+              f"that); the nearest is its own {percent(last['top1'])}"
               f" (chance {percent(last['top1_permuted'][0])}), of its class "
               f"{percent(last['top1_class'])} ({percent(last['top1_class_permuted'][0])})")
     report.draw("tokens.png", (11, 5.8), draw_tokens, tokens)
@@ -456,8 +464,9 @@ def report_prompts(report, clip, classes, label, clouds, pictures):
     if unknown:
         report.leave_out(f"prompts of {', '.join(unknown)}", f"{clip.name} has no word for them")
     if prompts:
-        report.numbers["zero_shot"] = right = zero_shot(prompts, classes, label, clouds=clouds,
-                                                        pictures=pictures)
+        right = zero_shot(prompts, classes, label, clouds=clouds, pictures=pictures)
+        report.numbers["zero_shot"] = right
+    if prompts and right:
         print(f"prompts  name {percent(right['pictures'])} of the pictures, and by their class row "
               f"{percent(right['clouds'])} of the clouds (chance {percent(right['chance'])})")
     return prompts
@@ -469,7 +478,8 @@ def report_saliency(report, model, stem, objs, classes, prompts, rows):
         mean, low, high = (100 * x for x in step["most_relevant_minus_random"])
         print(f"saliency accuracy without {step['patches']} of {step['of']} patches: the most "
               f"relevant {percent(step['most_relevant'])}, random {percent(step['random'])}, "
-              f"difference {mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+              f"difference {mean:+.1f} [{low:+.1f}, {high:+.1f}]; the least relevant "
+              f"{percent(step['least_relevant'])}")
     print(f"saliency {percent(found['relevance_on_task_tokens'])} of the relevance is on task "
           f"tokens, which are {percent(found['task_tokens_among_rows'])} of the rows; the logit "
           "reads the maximum over rows, too, and that path the rule does not see")
@@ -489,8 +499,9 @@ def report_words(report, clip, embedding, objs, classes, rows):
         return
     report.numbers["words"] = numbers
     print(f"words    of {numbers['captions']} captions the nearest to a cloud names its class: "
-          f"{percent(numbers['first_names_the_class'])}, one of the nearest five: "
-          f"{percent(numbers['one_of_five_does'])} (chance {percent(numbers['chance'])})")
+          f"{percent(numbers['first_names_the_class'])} (chance {percent(numbers['chance'])}), one "
+          f"of the nearest five: {percent(numbers['one_of_five_does'])} "
+          f"({percent(numbers['chance_of_five'])})")
     report.show("words.png", render.sheet(
         words_cells(words, objs, classes, rows), SHOWN // 2, "the five captions nearest to a "
         f"cloud's embedding, of {numbers['captions']}: retrieval, not generation"))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import stdtrit
 from torch import nn
 
 import common
@@ -118,6 +119,9 @@ def load_stem(name, seed, device):
             load_weights(tower, common.read_weights(path)[0], (*common.TIMM_USED, "patch_embed."),
                          f"--clip {base}: its weights", vit)
         conv, norm = tower.patch_embed.proj, tower.default_cfg
+        if conv.in_channels != 3:
+            raise InputError(f"--clip {name}: its patch embedding is a network, not one product for "
+                             "each patch; take a run with another transformer")
         size, position = tower.patch_embed.img_size[0], tower.pos_embed[0]
         position = position[-tower.patch_embed.num_patches:]            # without the class token's
     else:
@@ -197,7 +201,7 @@ def deletion(model, points, label):
 
 def interval(x):
     """Mean of (S,), and its 95 % interval over objects."""
-    mean, half = x.mean().item(), 1.96 * x.std().item() / len(x) ** 0.5
+    mean, half = x.mean().item(), stdtrit(len(x) - 1, 0.975) * x.std().item() / len(x) ** 0.5
     return [mean, mean - half, mean + half]
 
 
@@ -293,10 +297,13 @@ def alignment(C, label, seed=0):
     def hits(truth, at):                    # (..., S) -> share that is met, under permutations
         return (truth == at).double().mean(-1)
 
+    others = C[~own].mean()
+    gap = (C.cpu()[torch.arange(S), shuffled].mean(1) - others.cpu()).double()
     by_object = hits(torch.arange(S), shuffled[:, nearest])
     by_class = hits(kinds, kinds[shuffled[:, nearest]])
     return {"matched": C[own].mean().item(), "same_class": mean_or_none(C[same & ~own]),
-            "mismatched": mean_or_none(C[~same]), "gap": (C[own].mean() - C[~own].mean()).item(),
+            "mismatched": mean_or_none(C[~same]), "gap": (C[own].mean() - others).item(),
+            "gap_permuted": [gap.quantile(q).item() for q in (0.025, 0.975)],
             "top1": hits(torch.arange(S), nearest).item(),
             "top1_class": hits(kinds, kinds[nearest]).item(),
             "top1_permuted": [by_object.mean().item(), by_object.quantile(0.975).item()],

@@ -116,6 +116,11 @@ def farthest(xyz, points):
 PROMPT = "image of a {}"    # release
 
 
+def radius_of(size):
+    """Of a point in a depth map: as released, but at nano's 64 pixels that leaves holes."""
+    return 0.02 if size >= 224 else 0.06
+
+
 class Clip(NamedTuple):
     """CLIP, whole: what --clip names, with its patch embedding."""
     name: str
@@ -133,8 +138,7 @@ class Clip(NamedTuple):
 
     @property
     def radius(self):
-        """Of a point in a depth map: as released, but at nano's 64 pixels that leaves holes."""
-        return 0.02 if self.size >= 224 else 0.06
+        return radius_of(self.size)
 
     @property
     def is_nano(self):
@@ -172,8 +176,7 @@ def untrained(clip, seed):
     """An image tower of the same sizes, with random weights."""
     if not clip.is_nano:
         return common.open_clip_model(clip.model, seed=seed)[0].visual
-    path = clip.name.removesuffix("=shuffled").partition("=")[2]
-    return nanoclip.load(None if path in ("", "random") else path, seed)[0].visual
+    return common.nano(f"{common.base_of(clip.name).removesuffix('=random')}=random", seed)[1].visual
 
 
 def text_features(clip, names, flag="--classes"):

@@ -223,7 +223,7 @@ def fingerprint(named_tensors):
 CLIP_NAMES = ("openai, MODEL/TAG of open_clip (ViT-B-16/laion2b_s34b_b88k), ViT-B-32.pt as OpenAI "
               "ships it, MODEL=FILE, timm:NAME=FILE, nano (small, comes with this repository), "
               "nano=FILE (what train_clip.py wrote); untrained: random, MODEL=random, "
-              "timm:NAME=random, nano=random; permuted within each matrix, texts as before: "
+              "timm:NAME=random, nano[=FILE]=random; permuted within each matrix, texts as before: "
               "NAME=shuffled, for any NAME that has weights")
 WARNINGS = {
     "random": "the transformer has RANDOM weights: these numbers say nothing about CLIP",
@@ -274,9 +274,8 @@ def whole_clip(name, seed, used=None):
 def nano(name, seed):
     """-> what is computed, the CLIP that train_clip.py made, or an untrained twin, its words."""
     import nanoclip
-    path = name.removeprefix("nano").removeprefix("=")
-    return "nano", *nanoclip.load(path if path not in ("", "random") else None,
-                                  seed if path == "random" else None)
+    path = name.removeprefix("nano").removesuffix("random").strip("=")
+    return "nano", *nanoclip.load(path or None, seed if name.endswith("random") else None)
 
 
 @torch.no_grad()

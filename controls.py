@@ -42,11 +42,12 @@ def variants_of(clip, text_loss):
     if clip.endswith(("random", "shuffled")):
         raise InputError(f"--clip {clip}: is a control itself; pass weights that were pretrained")
     loaded = common.load_clip(clip)
+    twin = clip if loaded.model == "nano" else loaded.model     # nano=FILE has sizes of its own
     off = ["--text-loss", "off"]
     without = {
         "pretrained, frozen": ["--clip", clip, *off],
         "shuffled, frozen": ["--clip", f"{clip}=shuffled", *off],
-        "random, frozen": ["--clip", f"{loaded.model}=random", *off],
+        "random, frozen": ["--clip", f"{twin}=random", *off],
         "no transformer": ["--clip", clip, "--no-transformer", *off],
         "pretrained, unfrozen": ["--clip", clip, "--unfreeze", *off]}
     if loaded.text is None or text_loss == "off":
@@ -135,8 +136,10 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/controls"), metavar="DIR")
     args, rest = parser.parse_known_args(argv)
     own = [f"--{name.replace('_', '-')}" for name in ("seed", "resume", "eval", *ABLATIONS)]
-    for flag in own:
-        if flag in rest:
+    for word in rest:                       # --seed=3 and --see 3, too: argparse reads them so
+        given = word.split("=")[0]
+        flag = next((f for f in own if len(given) > 2 and f.startswith(given)), None)
+        if flag:
             raise InputError(f"{flag}: controls.py gives it to train_cls.py itself; leave it out")
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))

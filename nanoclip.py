@@ -83,11 +83,15 @@ def build(config, words):
 def save(path, model, config, words):
     """Weights in fp16, configuration and words in the metadata: one file that needs no other."""
     from safetensors.torch import save_file
-    state = {name: w.detach().cpu().half() if w.is_floating_point() else w.detach().cpu()
-             for name, w in model.state_dict().items()}
     # one entry: safetensors writes several in random order, and the same run makes the same file
     about = {"nanoclip": json.dumps({"config": config, "words": words})}
-    save_file({name: w.contiguous() for name, w in state.items()}, path, about)
+    save_file(halved(model), path, about)
+
+
+def halved(model):
+    """Its weights in fp16, counts as they are."""
+    state = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
+    return {name: w.half() if w.is_floating_point() else w for name, w in state.items()}
 
 
 def load(path=None, seed=None):
@@ -123,9 +127,7 @@ def load(path=None, seed=None):
 def save_depth(path, tower, image):
     """A depth tower in fp16. image: fingerprint of the image tower that it was taught by."""
     from safetensors.torch import save_file
-    state = {name: w.detach().cpu().half() if w.is_floating_point() else w.detach().cpu()
-             for name, w in tower.state_dict().items()}
-    save_file({name: w.contiguous() for name, w in state.items()}, path, {"image": image})
+    save_file(halved(tower), path, {"image": image})
 
 
 def load_depth(tower, image):

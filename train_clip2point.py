@@ -13,6 +13,7 @@ a picture of the same side. Then a prompt names a cloud, without examples or wit
 To change the data, edit `load_pairs` and RECIPES; the head, `DualPathAdapter` in clip2point.py,
 where depth maps are drawn, too; the backbone, pass another --clip.
 """
+import contextlib
 import copy
 import json
 import math
@@ -425,6 +426,8 @@ def train_step(model, optimizer, data, rows, clip, run, others):
         if name == "left out":              # never sees a depth map of these classes
             unseen = torch.tensor([cfg["classes"].index(k) for k in LEFT_OUT], device=rows.device)
             kept = ~torch.isin(data.label[rows], unseen).to(device)
+            if not kept.any():
+                continue
         with setup.autocast():
             depth = model(name, x.view(B, 2, *x.shape[1:])[kept].flatten(0, 1))
         depth = depth.float().view(-1, 2, depth.shape[1])               # (B, 2, E)
@@ -584,10 +587,11 @@ def report(towers, tests, clip, text, run):
 def print_table(run, tests, found):
     """found: {title: {test: scores}}. Where the classes are nano's forty, the twenty of the
     built-in classification stand beside them: their clouds, named among them."""
-    from data.synthetic_objects import ALL_CLASSES, OBJECT_CLASSES
     classes, among = run.cfg["classes"], []
-    if set(classes) == set(ALL_CLASSES):
-        among = [[classes.index(name) for name in OBJECT_CLASSES]]
+    with contextlib.suppress(ModuleNotFoundError):      # a fork for its own data has none
+        from data.synthetic_objects import ALL_CLASSES, OBJECT_CLASSES
+        if set(classes) == set(ALL_CLASSES):
+            among = [[classes.index(name) for name in OBJECT_CLASSES]]
     among.append(list(range(len(classes))))
     columns = [(test, some) for test in tests for some in among]
     run.print(f"{'accuracy in %':37}" + "".join(f"{t.name:>26}" for t, _ in columns))
@@ -632,6 +636,10 @@ def name_test(ask, clip, tower, run):
     zero = list(found.values())[-1][test.name]
     if ask.shots is not None:
         some = draw_shots(*shots, ask.shots, cfg["seed"])
+        few = [word for word, n in zip(run.cfg["classes"], torch.bincount(some[1]).tolist())
+               if n < ask.shots]
+        run.print(f"shots    {len(some[1]):,} clouds"
+                  + f"; there are fewer than {ask.shots} of {', '.join(few)}" * bool(few))
         title = SHOTS.format(ask.shots or "all")
         found[title], best = adapt(clip, tower, some, [test], text, cfg, setup)
     print_table(run, [test], found)
@@ -760,14 +768,19 @@ def name_boxes(ask, clip, tower, cfg, setup):
     if ask.root:
         aps = []
         for name in names:
-            mine = {scene: boxes[[kind.replace("_", " ") == name for kind in kinds]]
-                    for scene, (kinds, boxes) in true.items()}
+            mine = {scene: boxes[[kind.replace("_", " ") == name.replace("_", " ")
+                                  for kind in kinds]] for scene, (kinds, boxes) in true.items()}
             if sum(map(len, mine.values())):
                 aps.append(average_precision([f[:3] for f in found if f[3] == name], mine))
                 print(f"{name:16s}{sum(map(len, mine.values())):6d} boxes, AP@0.25 "
                       f"{100 * aps[-1]:5.1f}")
-        print(f"result   mAP@0.25 {percent(sum(aps) / max(len(aps), 1))} over {len(aps)} classes "
-              f"that occur; {clip.name}")
+            else:
+                print(f"{name:16s}     no true box; not in the mean")
+        if not aps:
+            raise InputError(f"--root {ask.root}: has no true box of any of --classes "
+                             f"{', '.join(names)}")
+        print(f"result   mAP@0.25 {percent(sum(aps) / len(aps))} over {len(aps)} classes that "
+              f"occur; {clip.name}")
     print(f"boxes: {out}")
 
 
@@ -807,7 +820,8 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
-ASKED = "zero_shot", "shots", "predict", "detections", "classes", "official", "up", "root", "out"
+ASKED = "zero_shot", "shots", "predict", "detections", "classes", "official"
+PLACES = "up", "root", "out"                # of what is asked, or of a run's data
 
 
 SAVED = {                                   # forms of the settings that are this script's own
@@ -819,7 +833,7 @@ SAVED = {                                   # forms of the settings that are thi
 
 def settings(args):
     """-> config, checkpoint or None, run folder or None; what is asked of a finished tower."""
-    ask = Namespace(**{name: getattr(args, name) for name in ASKED})
+    ask = Namespace(**{name: getattr(args, name) for name in (*ASKED, *PLACES)})
     ask.out = ask.out or str(Path(args.eval or ".") / "predicted")
     given = [name for name in ("zero_shot", "predict", "detections") if getattr(ask, name)]
     looks, reads_words = bool(given), bool(ask.predict or ask.detections)
@@ -836,7 +850,7 @@ def settings(args):
         if wrong:
             raise InputError(line)
     own = {"views": args.views, "average": args.average}
-    later = [*ASKED[:6], *ASKED[6:] * looks, *["views", "average"] * bool(args.eval)]
+    later = [*ASKED, *PLACES * looks, *["views", "average"] * bool(args.eval)]
     for name in later:                      # they change nothing of what was trained
         setattr(args, name, None)
     if args.resume or args.eval:

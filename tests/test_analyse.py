@@ -375,9 +375,22 @@ def test_clouds_without_meshes_are_drawn_and_a_class_without_a_word_is_named(
     assert "left out prompts of wrench: nano has no word for them\n" in printed
     report = json.loads((tmp_path / "run/analysis/analysis.json").read_text(encoding="utf-8"))
     assert report["zero_shot"]["chance"] == 1 / 2
+    assert "words" not in report and "left out words.png: the run had no text loss" in printed
     monkeypatch.setattr(analyse, "LEAST", 13)
     with pytest.raises(InputError, match="12 test objects are too few to compare, give at least"):
         analyse.main([run])
+
+
+def test_built_in_objects_are_those_that_train_cls_tests_on():
+    assert analyse.SYNTHETIC == (2, train_cls.SYNTHETIC[1])
+
+
+def test_two_patches_leave_saliency_out(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.setattr(analyse, "installed", lambda package: False)
+    run = run_of(tmp_path / "run", "--data", "folder", "--root", data, "--clip", "nano",
+                 "--batch-size", "4", "--groups", "2")
+    analyse.main([run])
+    assert "left out saliency.png, deletion.png: a cloud is too few" in capsys.readouterr().out
 
 
 def test_a_run_that_cannot_be_looked_into_is_one_line(tmp_path, few):

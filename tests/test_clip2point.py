@@ -136,7 +136,7 @@ def test_a_chair_shows_its_front_in_view_0_and_its_back_in_the_third():
     assert front[upper][inside[upper]].mean() > back[upper][inside[upper]].mean() + .1
     # from the side at azimuth 90 the camera is at its left hand side: the backrest is on the right
     rows, columns = torch.nonzero(side[:20] < 1, as_tuple=True)
-    assert len(rows) and columns.float().mean() != pytest.approx(32, abs=3)
+    assert len(rows) and columns.float().mean() > 35
 
 
 def test_each_cloud_may_have_views_of_its_own():

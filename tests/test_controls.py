@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import common
 import controls
+import nanoclip
 import train_cls
 from run import ABLATIONS, InputError
 
@@ -69,6 +71,9 @@ def test_the_papers_ablations_are_a_table_of_their_own(trained, capsys):
 def test_without_a_text_tower_there_are_no_rows_of_the_text_loss(tiny_clip):
     (group,) = controls.variants_of(tiny_clip, "raw")
     assert len(controls.variants_of("nano", "off")) == 1
+    own = controls.variants_of(f"nano={nanoclip.FILE}", "off")[0]["random, frozen"][1]
+    assert own == f"nano={nanoclip.FILE}=random"
+    assert common.load_clip(own).sha256 == common.load_clip("nano=random").sha256
     assert group["random, frozen"][1] == "timm:test_vit=random"
     assert group["shuffled, frozen"][1] == f"{tiny_clip}=shuffled"
 
@@ -100,8 +105,9 @@ def test_what_cannot_be_done_is_one_line(trained):
         controls.main(["--out", "bad", "--fail", "1"])
     with pytest.raises(InputError, match="the trainings there had other flags; give another --out"):
         controls.main(["--out", "bad", "--epochs", "3"])
-    with pytest.raises(InputError, match="--seed: controls.py gives it to train_cls.py itself"):
-        controls.main(["--seed", "3"])
+    for words in (["--seed", "3"], ["--seed=3"], ["--see", "3"]):
+        with pytest.raises(InputError, match="--seed: controls.py gives it to train_cls.py itself"):
+            controls.main(words)
     with pytest.raises(InputError, match="--clip nano=random: is a control itself"):
         controls.main(["--clip", "nano=random"])
     assert json.loads(Path("bad/controls.json").read_text())["flags"] == ["--fail", "1"]
