@@ -205,7 +205,8 @@ def words_for(clip, embedding, label, classes):
     (S, E) are the largest, as the text loss takes them. -> [[caption, ...], ...], numbers."""
     own = [name.replace("_", " ").lower() for name in classes]          # text towers read no case
     names = sorted({*own, *(name.replace("_", " ") for name in ALL_CLASSES)})
-    captions = [(name, " ".join(filter(None, (shape, name, side)))) for name in names for shape in SHAPES for side in SIDES]
+    captions = [(name, " ".join(filter(None, (shape, name, side))))
+                for name in names for shape in SHAPES for side in SIDES]
     text = clip.text_features([common.PROMPT.format(words) for _, words in captions])
     best = (embedding @ text.to(embedding).T).topk(5).indices.tolist()  # (S, 5)
     right = np.array([[captions[j][0] == own[k] for j in row]
@@ -227,7 +228,8 @@ def words_cells(words, objs, classes, rows, width=250, side=128):
 
 
 def zero_shot(prompts, classes, label, **features):
-    """Shares of features (S, E) whose most similar prompt names the object's class."""
+    """Shares of features (S, E) whose most similar prompt names the object's class; None where no
+    object has a class with a prompt."""
     text, names = torch.stack([*prompts.values()]), np.array([*prompts])
     true = np.array(classes)[label.cpu()]
     known = np.isin(true, names)
@@ -463,10 +465,9 @@ def report_prompts(report, clip, classes, label, clouds, pictures):
     prompts, unknown = prompts_of(clip, classes)
     if unknown:
         report.leave_out(f"prompts of {', '.join(unknown)}", f"{clip.name} has no word for them")
-    if prompts:
-        right = zero_shot(prompts, classes, label, clouds=clouds, pictures=pictures)
+    right = prompts and zero_shot(prompts, classes, label, clouds=clouds, pictures=pictures)
+    if right:
         report.numbers["zero_shot"] = right
-    if prompts and right:
         print(f"prompts  name {percent(right['pictures'])} of the pictures, and by their class row "
               f"{percent(right['clouds'])} of the clouds (chance {percent(right['chance'])})")
     return prompts

@@ -120,8 +120,8 @@ def load_stem(name, seed, device):
                          f"--clip {base}: its weights", vit)
         conv, norm = tower.patch_embed.proj, tower.default_cfg
         if conv.in_channels != 3:
-            raise InputError(f"--clip {name}: its patch embedding is a network, not one product for "
-                             "each patch; take a run with another transformer")
+            raise InputError(f"--clip {name}: its patch embedding is a network, not one product "
+                             "for each patch; take a run with another transformer")
         size, position = tower.patch_embed.img_size[0], tower.pos_embed[0]
         position = position[-tower.patch_embed.num_patches:]            # without the class token's
     else:

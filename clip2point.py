@@ -176,7 +176,8 @@ def untrained(clip, seed):
     """An image tower of the same sizes, with random weights."""
     if not clip.is_nano:
         return common.open_clip_model(clip.model, seed=seed)[0].visual
-    return common.nano(f"{common.base_of(clip.name).removesuffix('=random')}=random", seed)[1].visual
+    name = common.base_of(clip.name).removesuffix("=random")
+    return common.nano(f"{name}=random", seed)[1].visual
 
 
 def text_features(clip, names, flag="--classes"):

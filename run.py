@@ -99,7 +99,7 @@ def shared_flags(parser, clip_names=None):
         parser.set_defaults(clip=None, accumulate=None, **dict.fromkeys(ABLATIONS, False))
         return
     flag("--clip", metavar="NAME", help=f"frozen weights: {clip_names} (default: openai; for "
-                                        "synthetic data: random)")
+                                        "synthetic data: nano, in train_det.py a random ViT-Tiny)")
     flag("--accumulate", type=whole(1), metavar="N", help="cut a batch into N parts: less memory")
     flag("--dropout", type=float, metavar="P", help="before CLIP; 0 is off")
     flag("--no-task-token", action="store_true", help="Table 6: without task tokens")

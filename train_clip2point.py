@@ -636,7 +636,8 @@ def name_test(ask, clip, tower, run):
     zero = list(found.values())[-1][test.name]
     if ask.shots is not None:
         some = draw_shots(*shots, ask.shots, cfg["seed"])
-        few = [word for word, n in zip(run.cfg["classes"], torch.bincount(some[1]).tolist())
+        few = [word for word, n in zip(run.cfg["classes"], torch.bincount(
+            some[1], minlength=len(known)).tolist())
                if n < ask.shots]
         run.print(f"shots    {len(some[1]):,} clouds"
                   + f"; there are fewer than {ask.shots} of {', '.join(few)}" * bool(few))

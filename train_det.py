@@ -31,8 +31,8 @@ from checkpoint import check_frozen, saved_settings, trained
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import scannet
-from data.files import (BrokenFile, check_outputs, check_span, own_clouds, read_boxes, read_cloud,
-                        usable_boxes, write_boxes)
+from data.files import (BrokenFile, check_export, check_outputs, check_span, own_clouds, read_boxes,
+                        read_cloud, usable_boxes, write_boxes)
 from kernels import ball_query, farthest_point_sample
 from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows, rank,
                  recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags,
@@ -706,6 +706,8 @@ def main(argv=None):
     setup = Setup(args.device, cfg["precision"])
     if args.predict:
         return predict(args, args.export or folder / "predicted", cfg, saved, setup)
+    if args.export:
+        check_export(args.export, cfg)
     try:
         scenes, test, classes, form = load_scenes(cfg)
     except BrokenFile as error:

@@ -490,8 +490,8 @@ def train(model, data, run):
             run.sums += train_step(wrapped, optimizer, voxels, parts, run)
         loss, right, n = run.totals("loss")
         if not n:
-            raise InputError(f"{data.form}: no point of the scans of epoch {epoch + 1} has a label; "
-                             "check the numbers in the .label files")
+            raise InputError(f"{data.form}: no point of the scans of epoch {epoch + 1} has a "
+                             "label; check the numbers in the .label files")
         loss, right = loss / n, right / n
         cells, metrics = f"{loss:8.4f} {100 * right:9.2f}", {"loss": loss, "train_oa": right}
         if not run.due(recipe.every):
@@ -530,7 +530,8 @@ def train_step(model, optimizer, voxels, parts, run):
     optimizer.zero_grad(set_to_none=True)
     for part, share in parts:
         drawn = [*islice(voxels, len(part))]
-        if world_size() == len(drawn) == 1 and drawn[0].coords.max() < 2 ** 4:
+        # 16 is the stride of the bottom
+        if world_size() == len(drawn) == 1 and drawn[0].coords.max() < 16:
             raise InputError("a part of a step is one scan that fills one voxel at the bottom, and "
                              "batch norm needs two; pass a smaller --voxel or --accumulate, or a "
                              "larger --batch-size")

@@ -29,7 +29,8 @@ from checkpoint import check_frozen, saved_settings, trained
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import s3dis
-from data.files import BrokenFile, check_outputs, check_span, own_clouds, read_cloud, write_ply
+from data.files import (BrokenFile, check_export, check_outputs, check_span, own_clouds, read_cloud,
+                        write_ply)
 from kernels import farthest_point_sample, interpolate, knn
 from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows,
                  parameter_groups, rank, recipe_parser, seed_of, shared_flags, shared_settings,
@@ -491,6 +492,8 @@ def main(argv=None):
     setup = Setup(args.device, cfg["precision"])
     if args.predict:
         return predict(args, args.export or folder / "predicted", cfg, saved, setup)
+    if args.export:
+        check_export(args.export, cfg)
     try:
         rooms, test, classes, form = load_rooms(cfg)
     except BrokenFile as error:

@@ -58,8 +58,8 @@ def guarding(where, cure="repair it"):
 
 @contextmanager
 def reading(where, cure="repair it"):
-    """The same, without numpy's remarks on empty text and overflows. Not for threads: the filters of
-    warnings are the process's, and two that put them back may leave all warnings silenced."""
+    """The same, without numpy's remarks on empty text and overflows. Not for threads: the filters
+    of warnings are the process's, and two that put them back may leave all warnings silenced."""
     with guarding(where, cure), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -417,6 +417,14 @@ def check_outputs(files, folder):
         if Path(file).resolve().parent == Path(folder).resolve():
             raise InputError(f"--export {folder}: {file} lies there and would be written over; "
                              "give another folder")
+
+
+def check_export(folder, cfg):
+    """An InputError where --export would write FOLDER/NAME.* over the scenes of a run's data."""
+    root = Path(cfg["root"] or f"data/{cfg['data']}")
+    if Path(folder).resolve() in {(root / part).resolve() for part in ("", "train", "val", "test")}:
+        raise InputError(f"--export {folder}: the run's data lies there and would be written over; "
+                         "give another folder")
 
 
 def passed_over(folder, others):

@@ -1,7 +1,7 @@
 """Lidar scans: SemanticKITTI as published, and anybody's in the same form, read one at a time.
 
-    train, test = scans("dataset")                          # [(NAME.bin, NAME.label), ...]
-    scan = read_scan(*train[0], published_classes())        # points, remission, labels
+    test = pairs("dataset", VAL)                            # [(NAME.bin, NAME.label), ...]
+    scan = read_scan(*test[0], published_classes())         # points, remission, labels
 
 A scan is float32 rows x, y, z, remission, in metres, the sensor at 0; its labels are uint32, the
 class in the low 16 bits, the number of the object in the high ones. All 23,201 labelled scans are
@@ -68,11 +68,6 @@ def numbers_of(names):
 
 
 # ---- Which files ---------------------------------------------------------------------------------
-def scans(root):
-    """-> [(NAME.bin, NAME.label), ...] of the training sequences, of sequence 08."""
-    return [pairs(root, sequences) for sequences in (TRAIN, VAL)]
-
-
 def pairs(root, sequences, labels=True):
     """[(NAME.bin, NAME.label or None), ...] of these sequences, in order. Sizes are checked."""
     found = []
@@ -134,7 +129,8 @@ def check_bytes(path, label=None):
 
 # ---- One scan ------------------------------------------------------------------------------------
 def read_scan(path, label=None, table=None, full=1.0):
-    """NAME.bin, NAME.label or None -> Scan. table: of `published_classes`; full: highest remission."""
+    """NAME.bin, NAME.label or None -> Scan. table: classes of its numbers; full: the highest
+    remission."""
     path = Path(path)
     check_bytes(path, label)
     with guarding(path):

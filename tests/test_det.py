@@ -770,3 +770,10 @@ def test_two_processes_follow_the_loss_curve_of_one(own, tiny_clip, tmp_path):
         for name in det.WEIGHT:
             assert a[f"loss_{name}"] == pytest.approx(b[f"loss_{name}"], rel=2e-4, abs=1e-6)
         assert a["map25"] == pytest.approx(b["map25"], abs=1e-3)
+
+
+@pytest.mark.parametrize("part", ["", "train", "val", "test"])
+def test_an_export_over_the_data_is_refused_before_anything_is_read(tmp_path, part):
+    with pytest.raises(InputError, match="the run's data lies there and would be written over"):
+        det.main(["--data", "folder", "--root", str(tmp_path), "--clip", "random",
+                  "--export", str(tmp_path / part)])

@@ -47,19 +47,23 @@ def test_the_map_is_the_published_one_and_so_is_its_inverse():
     assert len(kitti.THINGS) == 8 and kitti.THINGS[-1] == "motorcyclist"
 
 
+def scans(root):
+    return [kitti.pairs(root, sequences) for sequences in (kitti.TRAIN, kitti.VAL)]
+
+
 def test_the_split_is_the_published_one(published):
-    train, test = kitti.scans(published)
+    train, test = scans(published)
     assert [path.parts[-3] for path, _ in train] == "00 01 02 03 04 05 06 07 09 10".split()
     assert [path.parts[-3] for path, _ in test] == ["08"]
     assert [(path.parts[-3], label) for path, label in kitti.pairs(
         published, kitti.TEST, labels=False)] == [(str(n), None) for n in range(11, 22)]
     write_scan(published / "sequences/08", "000010")
     write_scan(published / "sequences/08", "000002")
-    names = [path.stem for path, _ in kitti.scans(published)[1]]
+    names = [path.stem for path, _ in scans(published)[1]]
     assert names == ["000000", "000002", "000010"]
     (published / "dataset").mkdir()
     (published / "sequences").rename(published / "dataset/sequences")
-    assert len(kitti.scans(published)[0]) == 10
+    assert len(scans(published)[0]) == 10
 
 
 def test_a_scan_is_read_as_it_was_written(tmp_path):
@@ -132,17 +136,17 @@ def test_damaged_labels_are_named(tmp_path, content, words):
 def test_what_is_missing_is_named_before_anything_is_read(published):
     (published / "sequences/05/labels/000000.label").unlink()
     with pytest.raises(BrokenFile, match="05/labels/000000.label: missing"):
-        kitti.scans(published)
+        scans(published)
     (published / "sequences/03/velodyne/000000.bin").unlink()
     with pytest.raises(InputError, match="sequences/03/velodyne: no scans; fetch the velodyne"):
-        kitti.scans(published)
+        scans(published)
     for path in (published / "sequences/01").rglob("*.*"):
         path.unlink()
     (published / "sequences/01").rename(published / "gone")
     with pytest.raises(InputError, match="sequences/01: no such folder, and the run needs .* 01"):
-        kitti.scans(published)
+        scans(published)
     with pytest.raises(InputError, match="nowhere: no such folder; fetch"):
-        kitti.scans(published / "nowhere")
+        scans(published / "nowhere")
 
 
 def test_no_scan_is_left_out_or_invented_in_silence(published, capsys):
@@ -152,16 +156,16 @@ def test_no_scan_is_left_out_or_invented_in_silence(published, capsys):
     (folder / "velodyne/._000000.bin").write_bytes(bytes(16))          # what a Mac leaves
     (folder / "labels/000003.label").write_bytes(bytes(16))
     (folder / "velodyne/notes.txt").write_text("x", encoding="utf-8")
-    assert [path.name for path, _ in kitti.scans(published)[1]] == ["000000.bin", "000001.BIN"]
+    assert [path.name for path, _ in scans(published)[1]] == ["000000.bin", "000001.BIN"]
     said = capsys.readouterr().err
     assert said == f"{folder}: passed over 2 files: velodyne/notes.txt, labels/000003.label\n"
     write_scan(folder, "000000 (1)")
     with pytest.raises(InputError, match="000000"):
-        kitti.scans(published)
+        scans(published)
 
 
 def test_readers_in_threads_leave_the_filters_of_warnings_alone(published):
-    entries = kitti.scans(published)[0] * 4
+    entries = scans(published)[0] * 4
     before = [*warnings.filters]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):

@@ -682,3 +682,10 @@ def test_a_saved_run_is_evaluated_on_other_data(small, own, rooms, tmp_path, cap
 def test_one_block_in_a_step_is_enough(small, monkeypatch):
     monkeypatch.setattr(seg, "SYNTHETIC", (1, 1, 600))
     seg.main([*small, "--batch-size", "1", "--epochs", "1"])
+
+
+@pytest.mark.parametrize("part", ["", "train", "val", "test"])
+def test_an_export_over_the_data_is_refused_before_anything_is_read(tmp_path, part):
+    with pytest.raises(InputError, match="the run's data lies there and would be written over"):
+        seg.main(["--data", "folder", "--root", str(tmp_path), "--clip", "random",
+                  "--export", str(tmp_path / part)])
