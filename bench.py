@@ -29,6 +29,7 @@ except ImportError:                                     # macOS, Windows: no GPU
     triton = None
 
 from common import gather
+from data.synthetic_street import scan_street
 from kernels import (SparseTensor, ball_query, farthest_point_sample, interpolate, knn, splat,
                      submanifold_conv)
 from run import InputError, Run, Setup, main_guard, parameter_groups, versions, whole
@@ -482,8 +483,9 @@ def measure(workload, case, device, quick, can, facts):
 
 # ---- Training steps ------------------------------------------------------------------------------
 DATA = {"cls": "modelnet40", "fewshot": "modelnet40", "det": "scannet", "seg": "s3dis",
-        "clip2point": "shapenet"}
-EPOCH = {"cls": 9843, "fewshot": 50, "det": 1201, "seg": 1000, "clip2point": 41_952}    # samples
+        "clip2point": "shapenet", "outdoor": "semantickitti"}
+EPOCH = {"cls": 9843, "fewshot": 50, "det": 1201, "seg": 1000, "clip2point": 41_952,    # samples
+         "outdoor": 19_130}
 
 
 def training(task, device, batch, clip, precision):
@@ -503,6 +505,13 @@ def training(task, device, batch, clip, precision):
         optimizer = script.optimizer_of(model, recipe._replace(lr=1e-6))
         what = f"{recipe.points:,} points, 2 maps of {clip.size} x {clip.size}"
         return (lambda: script.train_step(model, optimizer, data, rows, clip, run, rows),
+                model, run, recipe.batch_size, what)
+    if task == "outdoor":
+        model = script.build(cfg, None, setup)[1]
+        optimizer = torch.optim.SGD(model.parameters(), 1e-6, recipe.momentum)
+        parts = script.my_parts(recipe.batch_size, 1)
+        what = f"scans of {len(data[0].inverse):,} points, {recipe.tokens} tokens"
+        return (lambda: script.train_step(model, optimizer, iter(data), parts, run),
                 model, run, recipe.batch_size, what)
     if task == "fewshot":
         model = script.Encoders(cfg, cfg["classes"], setup).classifier("frozen", 5, [0])
@@ -537,6 +546,9 @@ def random_data(script, task, recipe, device):
         views = torch.tensor(script.AXIS10, device=device).float().expand(B, -1, -1)
         xyz = torch.rand(B, 8192, 3, device=device)
         return script.Pairs(xyz, xyz[:0], views, None, None), torch.arange(B, device=device), []
+    if task == "outdoor":                       # a simulated sensor of 64 beams
+        scans = (script.Scan(f"street{i}", *scan_street(i, 64, 2100)) for i in range(B))
+        return [script.voxels_of(scan, recipe.voxel) for scan in scans], None, ["class"] * 19
     if task == "det":
         size, scenes = torch.tensor([6., 7, 3]), []
         for i in range(B):
@@ -555,11 +567,13 @@ LABELS = {                  # what the profiler calls a part of a step -> its na
     "step": "the rest", "data": "data", "nanoepcl::farthest_point_sample": "FPS",
     "nanoepcl::knn": "KNN", "nanoepcl::ball_query": "ball query",
     "nanoepcl::interpolate": "interpolation", "nanoepcl::interpolate_backward": "interpolation",
+    "nanoepcl::sparse_conv": "sparse convolution",
+    "nanoepcl::sparse_conv_weights": "sparse convolution",
     "tokenizer": "tokenizer", "frozen forward": "frozen forward", "model": "head",
     "matching": "matching", "depth maps": "depth maps", "tower forward": "tower forward",
     "loss": "loss",
     "autograd::engine::evaluate_function": "backward", "Optimizer.step#AdamW.step": "optimiser",
-    "Optimizer.step#Lamb.step": "optimiser"}
+    "Optimizer.step#Lamb.step": "optimiser", "Optimizer.step#SGD.step": "optimiser"}
 
 
 def show_parts(model):
@@ -572,7 +586,8 @@ def show_parts(model):
 
     show(model, "model")
     if hasattr(model, "encoder"):
-        for module in model.downs if hasattr(model, "downs") else [model.tokenizer]:
+        tokenizer = getattr(model, "tokenizer", None) or getattr(model.encoder, "patches", None)
+        for module in [tokenizer] if tokenizer else model.downs:        # train_seg.py's: two levels
             show(module, "tokenizer")
     blocks, name = transformer_of(model)
     for block in blocks:

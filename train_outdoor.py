@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.profiler import record_function
 from tqdm import tqdm
 
 import common
@@ -210,6 +211,7 @@ def training_voxels(data, i, seed, things, cfg):
     return voxels_of(moved(mixed if len(mixed.xyz) else scan, rng), cfg["recipe"]["voxel"])
 
 
+@record_function("data")
 def batch_of(voxels, device):
     """Voxels of b scans -> coords (V, 4): scan, x, y, z; feats (V, 4); label (V,)."""
     coords = [np.c_[np.full(len(v.coords), b, np.int32), v.coords] for b, v in enumerate(voxels)]

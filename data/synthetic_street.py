@@ -142,10 +142,10 @@ def make_street(rng):
 
 
 # ---- The sensor ----------------------------------------------------------------------------------
-def rays(rng):
+def rays(rng, beams, columns):
     """Directions (R, 3) of one turn, float32."""
-    tilt = np.radians(np.linspace(UP, DOWN, BEAMS))[:, None]
-    turn = 2 * np.pi * (np.arange(COLUMNS) + rng.random()) / COLUMNS - np.pi
+    tilt = np.radians(np.linspace(UP, DOWN, beams))[:, None]
+    turn = 2 * np.pi * (np.arange(columns) + rng.random()) / columns - np.pi
     flat = np.cos(tilt)
     x, y, z = np.broadcast_arrays(flat * np.cos(turn), flat * np.sin(turn), np.sin(tilt))
     return np.stack([x, y, z], -1).reshape(-1, 3).astype(np.float32)
@@ -174,7 +174,7 @@ def reaches(kind, center, half, yaw, origin, d):
         return np.where((first <= last) & (first > 0), first, np.inf)
 
 
-def scan_street(seed):
+def scan_street(seed, beams=None, columns=None):
     """One turn of the sensor in a street of its own.
 
     returns xyz (n, 3) float32, metres, the sensor at 0 looking along +x; remission (n,) float32 in
@@ -182,7 +182,7 @@ def scan_street(seed):
     """
     rng = np.random.default_rng(seed)
     street, edge, y, yaw = make_street(rng)
-    d = rays(rng)
+    d = rays(rng, beams or BEAMS, columns or COLUMNS)
     turn = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
     ahead = d @ turn.T.astype(np.float32)                               # in the street's frame
     origin = np.array([0, y, HEIGHT], np.float32)

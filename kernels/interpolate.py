@@ -196,7 +196,7 @@ def interpolate(query, points, feats, k=3, lengths=None, check=None):
                          "1 .. 8 and at most the points of a cloud")
     dist2, index = knn(query, points, k, lengths, check)
     source = index.clamp(min=0) + S * torch.arange(B, device=index.device)[:, None, None]
-    return _operator(feats.contiguous(), source, neighbour_weights(dist2))
+    return torch.ops.nanoepcl.interpolate(feats.contiguous(), source, neighbour_weights(dist2))
 
 
 def group(feats, idx):
@@ -209,7 +209,8 @@ def group(feats, idx):
     rows = idx.flatten(1)[..., None]  # (B, R, 1)
     source = rows + S * torch.arange(B, device=idx.device)[:, None, None]
     weight = torch.ones(source.shape, device=feats.device)
-    return _operator(feats.contiguous(), source, weight).view(*idx.shape, C)
+    rows = torch.ops.nanoepcl.interpolate(feats.contiguous(), source, weight)
+    return rows.view(*idx.shape, C)
 
 
 def _brute_force(query, points, feats, k):  # float64, all (B, N, S) distances

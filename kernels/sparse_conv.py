@@ -267,9 +267,10 @@ def _gradient(ctx, grad):  # of feats and weight; none for the map
     feats, weight, *pairs = ctx.saved_tensors
     grad, of_feats, of_weight = grad.contiguous(), None, None
     if ctx.needs_input_grad[0]:
-        of_feats = _operator(grad, weight.mT.contiguous(), *pairs[2:], *pairs[:2])
+        of_feats = torch.ops.nanoepcl.sparse_conv(grad, weight.mT.contiguous(), *pairs[2:],
+                                                  *pairs[:2])
     if ctx.needs_input_grad[1]:
-        of_weight = _operator_weights(feats, grad, *pairs[:2])
+        of_weight = torch.ops.nanoepcl.sparse_conv_weights(feats, grad, *pairs[:2])
     return of_feats, of_weight, None, None, None, None
 
 
@@ -285,7 +286,8 @@ def convolve(feats, weight, pairs):
                          f"channels in and out, not {tuple(weight.shape)} on {weight.device}")
     if torch.is_autocast_enabled(feats.device.type):
         feats = feats.to(torch.get_autocast_dtype(feats.device.type))
-    return _operator(feats.contiguous(), weight.to(feats.dtype).contiguous(), *pairs)
+    return torch.ops.nanoepcl.sparse_conv(feats.contiguous(), weight.to(feats.dtype).contiguous(),
+                                          *pairs)
 
 
 def submanifold_conv(x, weight):

@@ -18,6 +18,7 @@ import train_clip2point
 import train_cls
 import train_det
 import train_fewshot
+import train_outdoor
 import train_seg
 from run import InputError
 
@@ -26,7 +27,8 @@ PARTS = {"data", "backward", "head", "optimiser"}
 EPCL = {"FPS", "tokenizer", "frozen forward"}
 MORE_PARTS = {"cls": EPCL | {"KNN"}, "fewshot": EPCL | {"KNN"},
               "det": EPCL | {"ball query", "matching"}, "seg": EPCL | {"KNN", "interpolation"},
-              "clip2point": {"depth maps", "tower forward", "loss"}}
+              "clip2point": {"depth maps", "tower forward", "loss"},
+              "outdoor": EPCL | {"KNN", "interpolation", "sparse convolution"}}
 FILES = [importlib.import_module(f"kernels.{name}")
          for name in ("fps", "knn", "ball_query", "interpolate", "splat", "sparse_conv")]
 
@@ -54,7 +56,10 @@ def small(monkeypatch, folder):
             (train_det, "scannet",
              dict(points=300, tokens=64, fine=64, queries=64, layers=2, batch_size=2)),
             (train_seg, "s3dis", dict(points=128, tokens=32, neighbours=8, batch_size=2)),
-            (train_clip2point, "shapenet", dict(points=64, batch_size=2))):
+            (train_clip2point, "shapenet", dict(points=64, batch_size=2)),
+            (train_outdoor, "semantickitti",
+             dict(voxel=0.5, width=0.25, blocks="11111111", tokens=16, neighbours=4,
+                  batch_size=2))):
         monkeypatch.setitem(script.RECIPES, data, script.RECIPES[data]._replace(**recipe))
     load_whole = train_clip2point.load_clip     # CLIP2Point takes CLIP whole
     monkeypatch.setattr(train_clip2point, "load_clip",
@@ -122,7 +127,8 @@ def contents(script):
     owners = [script, common, run, kernels, *FILES, torch.nn.Module, torch.Tensor, torch.optim]
     owners += [x for x in vars(common).values() if isinstance(x, type)]
     owners += [x for x in vars(script).values() if isinstance(x, type)]
-    return {(str(owner), name): x for owner in owners for name, x in dict(vars(owner)).items()}
+    return {(str(owner), name): x for owner in owners for name, x in dict(vars(owner)).items()
+            if name != "__slotnames__"}                 # Python's note that a class was pickled
 
 
 @pytest.mark.parametrize("task", MORE_PARTS)

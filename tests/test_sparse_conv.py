@@ -194,15 +194,14 @@ def test_autocast_and_the_weight_follow_the_features():
 def test_what_needs_no_gradient_is_not_computed(monkeypatch):
     coords = voxels(1, 4, 0.5)
     feats, weight = random(len(coords), 4), random(27, 4, 5)
-    calls = []
-    for name in ("_operator", "_operator_weights"):
-        operator = getattr(sparse, name)
-        monkeypatch.setattr(sparse, name, lambda *a, name=name, operator=operator: (
-            calls.append(name), operator(*a))[1])
+    calls, run = [], sparse.run
+    names = {sparse.conv_torch: "product", sparse.weights_torch: "weights"}
+    monkeypatch.setattr(sparse, "run", lambda in_triton, in_torch, *args: (
+        calls.append(names[in_torch]), run(in_triton, in_torch, *args))[1])
     submanifold_conv(SparseTensor(coords, feats.detach()), weight).feats.sum().backward()
-    assert calls == ["_operator", "_operator_weights"]
+    assert calls == ["product", "weights"]
     submanifold_conv(SparseTensor(coords, feats), weight.detach()).feats.sum().backward()
-    assert calls[2:] == ["_operator", "_operator"]
+    assert calls[2:] == ["product", "product"]
 
 
 # ---- Voxels and maps -----------------------------------------------------------------------------
