@@ -345,7 +345,7 @@ def lovasz_softmax(probability, label):
     truth, probability = truth[:, occurs], probability[:, occurs]
     error, order = (truth - probability).abs().sort(dim=0, descending=True, stable=True)
     truth = truth.gather(0, order)
-    hits, total = truth.cumsum(0), truth.sum(0)
+    hits, total = truth.T.contiguous().cumsum(1).T, truth.sum(0)        # GPUs scan rows in parallel
     wrong = torch.arange(1, len(truth) + 1, device=truth.device)[:, None] - hits
     jaccard = 1 - (total - hits) / (total + wrong)
     steps = torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])

@@ -324,8 +324,10 @@ def devoxelise(x, cloud, xyz):
     index = find(x.grids[x.stride], pack(at.flatten(0, 1))).view(-1, 8)
     weight = (1 - corners - (place - low)[:, None]).abs().prod(-1) * (index >= 0)  # (N, 8)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-30)
-    return torch.ops.nanoepcl.interpolate(x.feats[None].contiguous(), index.clamp(min=0)[None],
-                                          weight[None])[0]
+    # a missing corner has weight 0 and reads a neighbour: would all read row 0, one program would
+    # sum a million edges of its gradient
+    index = torch.where(index < 0, index.amax(1, keepdim=True).clamp(min=0), index)
+    return torch.ops.nanoepcl.interpolate(x.feats[None].contiguous(), index[None], weight[None])[0]
 
 
 def main():
