@@ -10,7 +10,6 @@ spread stands beside it. Every figure is appended to docs/bench.jsonl with machi
 and date. A peer is whatever of pointnet2_ops, mmcv, pytorch3d, torch_cluster, pykeops, fpsample,
 scipy, spconv, torchsparse and MinkowskiEngine can be imported; none is required.
 """
-import argparse
 import functools
 import importlib
 import json
@@ -32,7 +31,8 @@ from common import gather
 from data.synthetic_street import scan_street
 from kernels import (SparseTensor, ball_query, farthest_point_sample, interpolate, knn, splat,
                      submanifold_conv)
-from run import InputError, Run, Setup, main_guard, parameter_groups, versions, whole
+from run import (InputError, Parser, Run, Setup, main_guard, parameter_groups, versions,
+                 whole)
 
 fps_file, knn_file, ball_file, splat_file, sparse_file = (
     importlib.import_module(f"kernels.{name}")
@@ -727,7 +727,7 @@ def train_table(lines):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("what", choices=["kernels", "train", "table"])
     flag("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")

@@ -38,7 +38,11 @@ def saved_settings(args, task, recipe, own, kept, other_data=False):
         cfg.update(trained_on=cfg["data"], data=args.data, root=None)
         other = ["test_area"]
     if cfg["data"] == "synthetic" and args.root:
-        raise InputError(f"--root {args.root}: the built-in data has no files; add --data")
+        raise InputError(f"--root {args.root}: the run's data is built in and has no files; "
+                         + ("add --data" if other_data and args.eval else "leave --root out"))
+    if args.out:
+        raise InputError("--out: " + ("--resume goes on in the folder of its run" if args.resume
+                                      else "--eval makes no run folder") + "; leave --out out")
     free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export", "clip",
             "official", "skip_broken", "tta", "export_test", *other]
     # of --clip, weights have a hash: `check_frozen`

@@ -305,6 +305,9 @@ def from_open_clip(name, seed, used=None):
             state, _ = read_weights(path)
     elif Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors"):
         state, archive = read_weights(name)
+        if "visual.conv1.0.weight" in state:
+            raise InputError(f"--clip {name}: what train_clip.py wrote is read as --clip "
+                             f"nano={name}")
         if not archive:
             raise InputError(f"--clip {name}: the file does not say which activation it was "
                              f"trained with; write --clip ViT-B-32-quickgelu={name} for OpenAI's "
@@ -356,7 +359,7 @@ def open_clip_model(model_name, tag=None, seed=0):
                 f"--clip: the weights {tag} of {model_name} are not in open_clip's cache and could "
                 f"not be downloaded ({type(error).__name__}); on a connected machine fetch "
                 "ViT-B-32.pt, linked from github.com/openai/CLIP, and pass --clip "
-                "/path/to/ViT-B-32.pt; or try --clip random or --data synthetic") from None
+                "/path/to/ViT-B-32.pt; or try --clip nano or --data synthetic") from None
         finally:
             logging.disable(logging.NOTSET)
     if not isinstance(model.visual, VisionTransformer) or model.visual.attn_pool is not None:

@@ -110,7 +110,7 @@ def table(groups, seeds, out):
             apart = ""
             if reference:
                 mean, low, high = (100 * x for x in paired(last, reference))
-                apart = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+                apart = f"{mean:+.1f}" + f" [{low:+.1f}, {high:+.1f}]" * (seeds > 1)
             reference = reference or last
             seconds = sum(f["seconds"] for f in found) / seeds
             lines.append(f"| {row} | {found[0]['parameters']['trainable']:,} | {percent(last)} | "
@@ -148,7 +148,7 @@ def main(argv=None):
     settings = {"clip": args.clip, "text_loss": args.text_loss, "flags": rest,
                 **({"ablations": True} if args.ablations else {})}
     kept = args.out / "controls.json"
-    if kept.is_file():
+    if kept.is_file() and any(args.out.glob("*/*.json")):           # not after a typo
         with reading(kept, "give another --out"):
             same = read_json(kept) == settings
         if not same:
@@ -160,6 +160,9 @@ def main(argv=None):
             folder = args.out / folder_of(row, seed)
             if not (folder / "results.json").is_file():
                 todo.append((f"{row}, seed {seed}", [*flags, "--seed", str(seed), *rest], folder))
+    if todo:
+        print(f"{len(todo)} trainings of train_cls.py, {min(jobs, len(todo))} at a time; a line "
+              "for each that ends", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         train_all(todo, jobs)

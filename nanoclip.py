@@ -107,6 +107,8 @@ def load(path=None, seed=None):
         if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
             raise InputError(f"--clip nano: {path} is not the file of this repository; restore it, "
                              f"or pass --clip nano={path} if you made it")
+    if not Path(path).is_file():
+        raise InputError(f"--clip nano={path}: no such file")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["nanoclip"])

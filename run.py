@@ -132,7 +132,8 @@ def shared_settings(args, recipe, synthetic_clip="nano"):
     if not 0 <= getattr(recipe, "dropout", 0) < 1:
         raise InputError(f"--dropout {recipe.dropout} must be in 0..1")
     if data == "synthetic" and args.root:
-        raise InputError(f"--root {args.root}: the built-in data has no files; add --data")
+        raise InputError(f"--root {args.root}: the built-in data has no files; leave it out, or add "
+                         "--data")
     if args.out and (Path(args.out) / "last.pt").exists():
         raise InputError(f"--out {args.out}: holds a run; --resume {args.out} goes on with it, or "
                          "give another folder")
@@ -376,9 +377,10 @@ class Run:
         totals = all_reduce(self.sums).tolist()
         if not all(map(math.isfinite, totals)):
             losses = [f"{name} {x / (totals[-1] or 1):.3g}" for name, x in zip(names, totals)]
+            kept = f"{self.folder}/last.pt is from the epoch before; " if self.epoch else ""
             raise InputError(f"the loss is not finite in epoch {self.epoch + 1} "
-                             f"({', '.join(losses)}); {self.folder}/last.pt is from the epoch "
-                             "before; try a lower --lr or --precision fp32")
+                             f"({', '.join(losses)}); {kept}try a lower --lr"
+                             + " or --precision fp32" * self.setup.bf16)
         return totals
 
     def row(self, score, cells, **metrics):

@@ -234,7 +234,7 @@ def scanned(n, seed, points, classes):
 def load_test(name, cfg, points):
     """-> the Test of a data set, (xyz, label) of its training clouds, classes, what was read."""
     path = objects.prepare(name, cfg["root"], 2 * points, cfg["workers"])
-    *parts, classes, form = objects.load(path, points, 0.2)
+    *parts, classes, form = objects.load(path, points, 0.2, flag=None)
     up = cfg["up"] or objects.up_of(form)
     train, test = ((y_up(farthest(objects.unit_sphere(torch.from_numpy(xyz)), points), up),
                     torch.from_numpy(label)) for xyz, label in parts)

@@ -281,6 +281,8 @@ def main(argv=None):
     args = flags(argv)
     cfg, saved, folder = settings(args)
     setup = Setup(args.device, cfg["precision"])
+    if args.predict and args.vote:
+        raise InputError("--vote: votes are for test sets; leave it out with --predict")
     if args.predict:
         return predict(args.predict, cfg, saved, setup, folder / "predicted" / "look.png")
     data, stored, classes, form = load_data(cfg)

@@ -31,8 +31,8 @@ from checkpoint import check_frozen, saved_settings, trained
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import scannet
-from data.files import (BrokenFile, check_export, check_outputs, check_span, own_clouds, read_boxes,
-                        read_cloud, usable_boxes, write_boxes)
+from data.files import (BrokenFile, beside, check_export, check_outputs, check_span, own_clouds,
+                        read_boxes, read_cloud, usable_boxes, write_boxes)
 from kernels import ball_query, farthest_point_sample
 from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows, rank,
                  recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags,
@@ -157,7 +157,7 @@ def read_scene(path, names, own, notes):
                              "classes.txt; repair the file")
         kinds, boxes = [names[k] for k in number[known]], cloud.boxes[known, :6]
     else:
-        where = path.with_suffix(".json")
+        where = beside(path, ".json")
         kinds, boxes = read_boxes(where, cloud.offset)
     check_span(path, cloud.xyz, "scale points and boxes,")
     kept, lines = usable_boxes(boxes, cloud.xyz, where)
@@ -182,8 +182,9 @@ def labelled(path, scene, kinds, classes):
     """The scene with the number of each box's class."""
     for kind in kinds:
         if kind not in classes:
-            raise InputError(f"{path.with_suffix('.json')}: the class {kind!r} is none of those "
-                             f"to learn ({', '.join(classes)[:100]}); correct the name, or train "
+            where = beside(path, ".json")
+            raise InputError(f"{where}: the class {kind!r} is none of those to learn"
+                             f" ({', '.join(classes)[:100]}); correct the name, or train "
                              "on scenes that have it")
     label = torch.tensor([classes.index(kind) for kind in kinds], dtype=torch.int64)
     return scene._replace(label=label)

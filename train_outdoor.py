@@ -34,7 +34,7 @@ import render
 from checkpoint import amount, check_frozen, saved_settings, trained
 from common import CLIP_NAMES, BatchNorm, EPCLEncoder, PointTokenizer, encoder_options
 from data import kitti
-from data.files import BrokenFile, check_outputs
+from data.files import BrokenFile, absent, check_outputs
 from data.kitti import IGNORE, THINGS, Scan
 from kernels import interpolate
 from kernels.sparse_conv import (FARTHEST, SparseTensor, devoxelise, strided_conv, submanifold_conv,
@@ -578,6 +578,11 @@ def main(argv=None):
                                          f"{recipe.tokens} tokens; ")
     if cfg["as_released"]:
         run.print("warning  as released: LaserMix does nothing, the classifier does not see EPCL")
+    if cfg["data"] == "folder" and not args.eval:
+        seen = {k for entry in data.train[:100] for k in np.unique(data.read(entry).label).tolist()}
+        which = "training point" + " of the first 100 scans" * (len(data.train) > 100)
+        if warning := absent(seen, data.classes, 1, which):
+            run.print(warning)
     if not args.eval:
         with run.stopper:
             train(model, data, run)
@@ -619,6 +624,9 @@ def predict(args, folder, cfg, saved, setup):
                 raise InputError(f"--export {out}: holds the labels of {file}, which would be "
                                  "written over; give another folder")
         for file in files:                  # all can be read, or none is labelled
+            if file.suffix.lower() != ".bin":
+                raise InputError(f"{file}: not a scan (.bin: float32 x y z remission of each "
+                                 "point)")
             voxels_of(read(file), cfg["recipe"]["voxel"])
         where = [out / f"{file.stem}.label" for file in files]
     else:

@@ -29,8 +29,8 @@ from checkpoint import check_frozen, saved_settings, trained
 from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
                     shuffled)
 from data import s3dis
-from data.files import (BrokenFile, check_export, check_outputs, check_span, own_clouds, read_cloud,
-                        write_ply)
+from data.files import (BrokenFile, absent, check_export, check_outputs, check_span, own_clouds,
+                        read_cloud, write_ply)
 from kernels import farthest_point_sample, interpolate, knn
 from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows,
                  parameter_groups, rank, recipe_parser, seed_of, shared_flags, shared_settings,
@@ -116,6 +116,9 @@ def load_rooms(cfg):
                 if not cfg["skip_broken"]:
                     raise
                 notes.append(f"LEFT OUT {error}")
+        if found and not any((room.label != IGNORE).any() for room in found):
+            raise InputError(f"{Path(paths[0]).parent}: no point has a label of a class; give "
+                             "rooms whose points have labels")
     return *rooms, tuple(classes), "; ".join(notes)
 
 
@@ -516,6 +519,10 @@ def main(argv=None):
               f"{len(test):,} test rooms, {len(classes)} class{'es' * (len(classes) > 1)}; blocks "
               f"of {recipe.block:g} m and {recipe.points:,} points; {form}{no_colours}")
     common.print_model(run, model, clip, f"{recipe.tokens} tokens; ")
+    if cfg["data"] == "folder" and not args.eval:
+        seen = {k for room in rooms for k in room.label.unique().tolist()}
+        if warning := absent(seen, classes, first=0):
+            run.print(warning)
     if not args.eval:
         with run.stopper:
             train(model, rooms, test, run)

@@ -444,6 +444,12 @@ def say(lines):
             print(line, file=sys.stderr)
 
 
+def beside(path, suffix):
+    """NAME of `path` with another suffix, .json or .JSON."""
+    capitals = Path(path).with_suffix(suffix.upper())
+    return capitals if capitals.is_file() else Path(path).with_suffix(suffix)
+
+
 def part_folder(root, part):
     """ROOT/PART. Where `test` is expected `val` will do, and the other way round, but not both."""
     other = {"test": "val", "val": "test"}.get(part)
@@ -491,10 +497,10 @@ def clouds_in(folder):
     return files_in(folder, ROOMS)[0]
 
 
-def own_clouds(root, parts, how_to, suffixes=ROOMS, beside=".json"):
+def own_clouds(root, parts, how_to, suffixes=ROOMS, more=".json"):
     """ROOT/PART/NAME.* -> the clouds of each part; the names in ROOT/classes.txt, () without it.
 
-    Names on stderr what is passed over. NAME.json (`beside`) beside NAME.* holds its boxes.
+    Names on stderr what is passed over. NAME.json (`more`) beside NAME.* holds its boxes.
     """
     found = []
     if root.is_dir():
@@ -503,7 +509,7 @@ def own_clouds(root, parts, how_to, suffixes=ROOMS, beside=".json"):
         paths, others = files_in(folder, suffixes)
         if not paths:
             raise InputError(f"{folder}: no clouds; {how_to}")
-        boxes = {path.with_suffix(beside) for path in paths}
+        boxes = {beside(path, more) for path in paths}
         say([passed_over(folder, [path for path in others if path not in boxes])])
         found.append(paths)
     path = root / "classes.txt"
@@ -519,6 +525,16 @@ def own_clouds(root, parts, how_to, suffixes=ROOMS, beside=".json"):
             raise InputError(f"{path}: has {name!r} twice; a label is the number of its line, so "
                              "give every class a name of its own")
     return *found, tuple(names)
+
+
+def absent(seen, classes, first, where="training point"):
+    """A warning that names the classes that are not in `seen`; "" where all are."""
+    names = [name for k, name in enumerate(classes) if k not in seen]
+    if not names:
+        return ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (f"warning  no {where} is labelled {', '.join(names[:5])}{more}; a label is a line of "
+            f"classes.txt, counted from {first}")
 
 
 def read_cloud(path, classes=None, colours=True):

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import BrokenFile, broken, files_in, guarding, own_clouds, passed_over, say
+from data.files import (BrokenFile, beside, broken, files_in, guarding, own_clouds, passed_over,
+                        say)
 from run import InputError, writing
 
 # name, the number that stands for it in a file of labels, others that count as the same; the rest
@@ -105,7 +106,7 @@ def own_scans(root):
     *parts, names = own_clouds(Path(root), ("train", "test"), GET_OWN, (".bin",), ".label")
     if not names:
         raise InputError(f"{root}/classes.txt: missing; {GET_OWN}")
-    found = [[(path, path.with_suffix(".label")) for path in part] for part in parts]
+    found = [[(path, beside(path, ".label")) for path in part] for part in parts]
     for path, label in (pair for part in found for pair in part):
         check_bytes(path, label)
     return *found, names
@@ -124,7 +125,7 @@ def check_bytes(path, label=None):
     found = os.stat(label).st_size
     if found != size // 4:
         raise BrokenFile(f"{label}: {found:,} bytes for {size // 16:,} points, which take 4 each; "
-                         "fetch scan and labels again")
+                         "fetch both again, one of them is cut short or of another scan")
 
 
 # ---- One scan ------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ MODELNET10 = tuple("bathtub bed chair desk dresser monitor night_stand sofa tabl
 SCANOBJECTNN = tuple("""bag bin box cabinet chair desk display door shelf table bed pillow sink sofa
     toilet""".split())
 PARTS = ("train", "test")
+PART_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
 
 HOW_TO_GET = {
     "modelnet40": "get ModelNet40.zip from modelnet.cs.princeton.edu and pass --root "
@@ -90,7 +91,7 @@ def read_one(path, stored, points):
         raise InputError(f"{path}: not a format this script reads ({' '.join(SUFFIXES)})")
     xyz, count = sample(Source(Path(path).name, 0, str(path)), stored)
     if count < points:
-        raise InputError(f"{path}: has {count:,} points, the run was trained with {points}")
+        raise InputError(f"{path}: has {count:,} points, and {points:,} are needed")
     return xyz
 
 
@@ -135,6 +136,10 @@ def find_folder(root, stored):
     classes = subfolders(folders[0])
     if not classes:
         raise InputError(f"{root}: no class folders; {HOW_TO_GET['folder']}")
+    parts = [name for name in classes if name.lower() in PART_NAMES]
+    if parts:
+        raise InputError(f"{folders[0]}: {', '.join(parts)}: names of parts, not of classes; "
+                         f"{HOW_TO_GET['folder']}")
     for name in subfolders(folders[1]) if split else ():
         if name not in classes:
             raise InputError(f"{folders[1] / name}: a class that {folders[0]} does not have; add "
@@ -150,6 +155,10 @@ def find_folder(root, stored):
             where = folder / name
             files, others = files_in(where, SUFFIXES)
             if not files and part == 0:
+                below = subfolders(where)
+                if below:
+                    raise InputError(f"{where}: no objects, but folders ({', '.join(below[:3])}); "
+                                     f"{HOW_TO_GET['folder']}")
                 raise InputError(f"{where}: no objects in this class folder "
                                  f"({' '.join(SUFFIXES)}); fill it or remove it")
             objects += [Source(f"{name}/{p.name}", label, str(p), part=part if split else -1)
@@ -342,6 +351,8 @@ def prepare(name, root, stored, workers=1):
         else:
             table = read_whole(found) if found.read else sample_all(found, stored, workers)
             check(table, found)
+            if name != "folder":
+                check_classes(table, found)
             save_npz(path, sources, **table, classes=found.classes, form=found.form)
     barrier()
     return path
@@ -410,9 +421,20 @@ def check(table, found):
                              "coordinates; fetch the data again")
 
 
+def check_classes(table, found):
+    """A published data set has training and test objects of each class: a broken unzip has not."""
+    for part, split in enumerate(("training", "test")):
+        counts = np.bincount(table["label"][table["part"] == part], minlength=len(found.classes))
+        gone = [name for name, count in zip(found.classes, counts) if count == 0]
+        if gone:
+            more = f" and {len(gone) - 3} more classes" if len(gone) > 3 else ""
+            raise InputError(f"{found.form}: no {split} objects of {', '.join(gone[:3])}{more}; "
+                             "fetch the data again, or pass --data folder for classes of your own")
+
+
 # ---- The prepared file -> what scripts train and test on -----------------------------------------
 
-def load(path, points, fraction, split=None):
+def load(path, points, fraction, split=None, flag="--points"):
     """-> train (xyz (n, P, 3), label (n,)), test, names of the classes, what was read.
 
     Every object must have `points` points of its own. fraction: of each class, where the data has
@@ -428,7 +450,7 @@ def load(path, points, fraction, split=None):
             table[name] = table[name][rows]
     else:
         test = test_rows(table, fraction)
-    check_points(table, points)
+    check_points(table, points, flag)
     train, test = ((table["xyz"][rows], table["label"][rows]) for rows in (~test, test))
     return train, test, tuple(table["classes"].tolist()), form
 
@@ -457,17 +479,19 @@ def rows_of_split(table, split):
     return np.array([part_of.get(name, -1) for name in names]), form
 
 
-def check_points(table, points):
-    """Every object has at least `points` points of its own, or an InputError names the first."""
+def check_points(table, points, flag="--points"):
+    """Every object has at least `points` points of its own, or an InputError names the first.
+
+    flag: what sets `points`, if anything does."""
     short = np.flatnonzero(table["count"] < points)
     if len(short) == 0:
         return
     where, count = table["where"][short[0]], int(table["count"][short[0]])
-    if where:
-        raise InputError(f"{where}: has {count:,} points, fewer than --points {points}; pass "
-                         f"--points {count} or move the file out of the data")
-    raise InputError(f"{table['form']}: clouds have {count:,} points, fewer than --points "
-                     f"{points}; pass --points {count}")
+    cures = [f"pass {flag} {count}"] * bool(flag) + ["move the file out of the data"] * bool(where)
+    has = "has" if where else "clouds have"
+    raise InputError(f"{where or table['form']}: {has} {count:,} points, fewer than "
+                     f"{flag or 'the'} {points}{'' if flag else ' needed'}; "
+                     f"{' or '.join(cures) or 'fetch clouds of more points'}")
 
 
 def test_rows(table, fraction):
@@ -484,7 +508,8 @@ def set_aside(label, classes, fraction, where):
         rows = np.flatnonzero(label == k)
         n = max(1, round(fraction * len(rows)))
         if n >= len(rows):
-            raise InputError(f"{Path(str(where[rows[0]])).parent}: {len(rows)} objects are too few "
+            raise InputError(f"{Path(str(where[rows[0]])).parent}: {len(rows)} object"
+                             f"{' is' if len(rows) == 1 else 's are'} too few "
                              f"to set {n} aside")
         order = np.random.default_rng([0, k]).permutation(len(rows))
         test[rows[order[:n]]] = True

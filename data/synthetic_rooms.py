@@ -296,4 +296,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from run import main_guard
+    main_guard(main)

@@ -242,9 +242,13 @@ def test_a_missing_altered_or_foreign_nano_file_is_one_line(nano_file, tmp_path,
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(nano_file.read_bytes()[:-10])
     (tmp_path / "text").write_text("no weights")
-    for path in (cut, tmp_path / "text", tmp_path / "none"):
+    for path in (cut, tmp_path / "text"):
         with pytest.raises(InputError, match="is not a file that train_clip.py wrote"):
             common.load_clip(f"nano={path}")
+    with pytest.raises(InputError, match="--clip nano=.*none: no such file"):
+        common.load_clip(f"nano={tmp_path / 'none'}")
+    with pytest.raises(InputError, match="wrote is read as --clip nano=.*nanoclip.safetensors"):
+        common.load_clip(str(here))
 
 
 def test_the_file_of_this_repository_knows_its_classes():

@@ -316,7 +316,7 @@ def test_weights_that_cannot_be_fetched_name_the_file_and_the_alternatives(monke
     monkeypatch.setattr(open_clip, "create_model", offline)
     with pytest.raises(InputError) as error:
         common.load_clip("openai")
-    for word in ("ViT-B-32.pt", "--clip random", "--data synthetic", "could not be downloaded"):
+    for word in ("ViT-B-32.pt", "--clip nano", "--data synthetic", "could not be downloaded"):
         assert word in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -103,6 +103,8 @@ def test_everything_is_trained_once_and_the_table_pairs_by_seed(trained, capsys)
 def test_what_cannot_be_done_is_one_line(trained):
     with pytest.raises(InputError, match="seed 0: train_cls.py ended with exit code 1: no such"):
         controls.main(["--out", "bad", "--fail", "1"])
+    Path("bad/random-frozen-0").mkdir(exist_ok=True)
+    Path("bad/random-frozen-0/config.json").touch()
     with pytest.raises(InputError, match="the trainings there had other flags; give another --out"):
         controls.main(["--out", "bad", "--epochs", "3"])
     for words in (["--seed", "3"], ["--seed=3"], ["--see", "3"]):

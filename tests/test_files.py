@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import files, meshes, objects, prepared
-from data.files import BrokenFile, read_boxes, read_cloud, read_ply
+from data.files import BrokenFile, absent, read_boxes, read_cloud, read_ply
 from data.meshes import read_object
 from run import InputError
 
@@ -279,6 +279,10 @@ def test_marks_before_a_text_are_no_part_of_it(tmp_path):
         (tmp_path / part / "a.npy").touch()
     (tmp_path / "classes.txt").write_bytes(mark + "floor\r\nстол\r\n".encode())
     assert files.own_clouds(tmp_path, ("train", "test"), "")[2] == ("floor", "стол")
+    assert absent({0}, ("floor", "стол"), 0) == (
+        "warning  no training point is labelled стол; a label is a line of classes.txt, counted "
+        "from 0")
+    assert absent({0, 1, -1}, ("floor", "стол"), 0) == ""
     (tmp_path / "classes.txt").write_bytes(b"floor\n\nwall\n\n")
     with pytest.raises(InputError, match="classes.txt: line 2 is blank; a label is the number"):
         files.own_clouds(tmp_path, ("train", "test"), "")

@@ -193,6 +193,8 @@ def test_own_scans_have_their_own_classes(tmp_path):
     np.array([0, 1, 2, 3], "<u4").tofile(test[0][1])
     with pytest.raises(BrokenFile, match="has the label 3, which is not in the map: 0 to 2; rep"):
         kitti.read_scan(*test[0], table)
-    test[0][1].unlink()
+    test[0][1].rename(tmp_path / "test/a.LABEL")
+    assert kitti.own_scans(tmp_path)[1][0][1].name.lower() == "a.label"
+    (tmp_path / "test/a.LABEL").unlink()
     with pytest.raises(BrokenFile, match="test/a.label: missing"):
         kitti.own_scans(tmp_path)

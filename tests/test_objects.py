@@ -1,6 +1,7 @@
 """data/objects.py: object data sets in the forms of their owners, and what is prepared of them."""
 import os
 import pickle
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_what_is_set_aside_is_the_same_in_every_run_and_class_by_class():
 def test_too_few_objects_to_set_some_aside_is_an_error(tmp_path):
     (tmp_path / "a").mkdir()
     np.save(tmp_path / "a" / "0.npy", CLOUD)
-    with pytest.raises(InputError, match="a: 1 objects are too few to set 1 aside"):
+    with pytest.raises(InputError, match="a: 1 object is too few to set 1 aside"):
         parts_of(table_of("folder", tmp_path, 32))
 
 
@@ -95,6 +96,19 @@ def mistakes(root):
                        "no class folders"),
         "empty class": (lambda: (root / "train" / "empty").mkdir(),
                         "no objects in this class folder"),
+        "capitals": (lambda: [p.rename(root / p.name.title()) for p in list(root.glob("t*"))],
+                     "Test, Train: names of parts, not of classes; pass --root FOLDER with"),
+        "train alone": (lambda: shutil.rmtree(root / "test"), "train: names of parts"),
+        "valid": (lambda: (root / "test").rename(root / "valid"), "train, valid: names of parts"),
+        "one level too high": (
+            lambda: [(root / "data").mkdir(),
+                     *((root / part).rename(root / "data" / part) for part in ("train", "test"))],
+            r"data: no objects, but folders .test, train.; pass --root FOLDER"),
+        "parts in classes": (
+            lambda: [shutil.move(root / part / c, root / c / part)
+                     for part in ("train", "test") for c in "ab"] + [
+                         (root / part).rmdir() for part in ("train", "test")],
+            r"a: no objects, but folders .test, train.; pass"),
         "unknown test class": (lambda: (root / "test" / "zebra").mkdir(), "zebra: a class that"),
         "no test object": (lambda: [p.unlink() for p in root.glob("test/*/*")],
                            "no test objects found"),
@@ -322,6 +336,19 @@ def clouds():
     return {n: rng.normal(size=(2048, 6)).astype(np.float32) for _, _, n in NAMES}
 
 
+def test_a_modelnet_without_some_classes_is_not_called_modelnet(tmp_path, clouds):
+    lay_out(tmp_path, "off", clouds)
+    with pytest.raises(InputError, match="ModelNet40: no training objects of bathtub, bed, bench "
+                                         "and 34 more classes; fetch the data again, or pass"):
+        prepare("modelnet40", tmp_path, 64)
+
+
+@pytest.fixture
+def few_classes(monkeypatch):
+    monkeypatch.setattr(objects, "check_classes", lambda table, found: None)
+
+
+@pytest.mark.usefixtures("few_classes")
 @pytest.mark.parametrize("form", ["off", "zip", "txt", "h5", "dat", "dat python2"])
 def test_modelnet_is_read_in_each_of_its_forms(tmp_path, form, clouds):
     lay_out(tmp_path, form, clouds)
@@ -345,6 +372,7 @@ def test_modelnet_is_read_in_each_of_its_forms(tmp_path, form, clouds):
             objects.check_points(table, 4096)
 
 
+@pytest.mark.usefixtures("few_classes")
 @pytest.mark.parametrize("form", ["off", "zip", "txt", "h5", "dat"])
 def test_modelnet_is_prepared_again_when_its_files_change(tmp_path, form, clouds):
     lay_out(tmp_path, form, clouds)
@@ -393,6 +421,7 @@ def test_a_pickle_that_would_run_something_does_not(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.usefixtures("few_classes")
 def test_scanobjectnn_and_its_mistakes(tmp_path):
     h5py = pytest.importorskip("h5py", reason="needs h5py: ScanObjectNN is HDF5")
     folder = tmp_path / "main_split"

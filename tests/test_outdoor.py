@@ -601,6 +601,10 @@ def test_own_scans_are_trained_on_and_get_the_numbers_of_their_own_classes(small
     outdoor.main([*small, *words, "--remission", "255", "--out", "own"])
     said = capsys.readouterr().out
     assert "3 train scans, 2 test scans, 2 classes" in said and "PolarMix pastes car" in said
+    assert "warning  no training" not in said
+    (tmp_path / "x.txt").write_bytes(bytes(32))
+    with pytest.raises(InputError, match="x.txt: not a scan .* of each point"):
+        outdoor.main(["--eval", "own", "--predict", str(tmp_path / "x.txt")])
     outdoor.main(["--eval", "own", "--predict", str(tmp_path / "data/test/0.bin")])
     assert set(np.fromfile("own/predicted/0.label", "<u4")) <= {1, 2}
     write_scan(tmp_path / "sequences/08")

@@ -164,6 +164,13 @@ def test_own_clouds_come_with_classes_in_two_parts(own, missing, words):
     assert str(error.value).startswith(str(own)) and "\n" not in str(error.value)
 
 
+def test_rooms_without_any_label_are_no_result(own, rooms):
+    np.savez(own / "test/room2.npz", xyz=rooms[2]["xyz"], label=np.full(len(rooms[2]["xyz"]), -1))
+    (own / "test/room2.ply").unlink()
+    with pytest.raises(InputError, match="test: no point has a label of a class; give rooms"):
+        seg.load_rooms(config(own, "folder"))
+
+
 def test_an_empty_list_of_classes_is_called_empty(own):
     (own / "classes.txt").write_text("")
     with pytest.raises(InputError, match="classes.txt: is empty; write the name of a class in"):
@@ -664,7 +671,7 @@ def test_a_saved_run_is_evaluated_on_other_data(small, own, rooms, tmp_path, cap
     (other / "classes.txt").write_text("\n".join((*ROOM_CLASSES[:12], "junk")), encoding="utf-8")
     with pytest.raises(InputError, match="has other classes than the run: ceiling, floor, .*junk"):
         evaluated("--data", "folder", "--root", str(other))
-    with pytest.raises(InputError, match="--root .*other: the built-in data has no files"):
+    with pytest.raises(InputError, match="--root .*other: the run's data is built in .*; add --data"):
         evaluated("--root", str(other))
 
     seg.main([*small, "--data", "folder", "--root", str(own), "--like", "synthetic"])
