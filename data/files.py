@@ -209,6 +209,9 @@ def ply_rows(body, start, count, properties, order):
 
 def columns(table, *names, kind=np.float32):
     """Fields of a structured array as columns (n, len(names)). kind None: the type they have."""
+    if not set(names) <= set(table.dtype.names):
+        raise ValueError(f"its points need {' '.join(names)}, and have "
+                         f"{' '.join(table.dtype.names)}")
     return np.stack([table[name].astype(kind or table[name].dtype) for name in names], 1)
 
 
@@ -552,11 +555,16 @@ def read_cloud(path, classes=None, colours=True):
         suffix = path.suffix.lower()
         if suffix == ".ply":
             table, _ = read_ply(path.read_bytes(), faces=False)
+            names = table.dtype.names
             found = {"xyz": columns(table, "x", "y", "z", kind=np.float64)}
-            if "rgb" in wanted and "red" in table.dtype.names:
+            if "rgb" in wanted and "red" in names:
                 found["rgb"] = columns(table, "red", "green", "blue", kind=None)
-            if "label" in wanted and "label" in table.dtype.names:
-                found["label"] = table["label"]
+            if "label" in wanted:               # CloudCompare calls it scalar_label
+                labels = [name for name in names if name.lower() in ("label", "scalar_label")]
+                if len(labels) != 1:
+                    raise ValueError(f"its points need one property `label`, and have "
+                                     f"{' '.join(names)}")
+                found["label"] = table[labels[0]]
         elif suffix == ".npz":
             found = load_npz(path, wanted)
         elif suffix != ".npy":

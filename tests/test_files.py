@@ -859,3 +859,19 @@ def test_a_cloud_in_pcd_from_a_real_sensor_is_read():
         pytest.skip("needs the real scan, which is not part of the project")
     xyz, _ = read_object(path.read_bytes(), ".pcd")
     assert xyz.shape == (113_662, 3) and np.ptp(xyz, 0).max() < 10
+
+
+def test_labels_of_a_ply_have_one_name(tmp_path):
+    def ply(*names):
+        head = "".join(f"property float {name}\n" for name in names)
+        text = f"ply\nformat ascii 1.0\nelement vertex 1\n{head}end_header\n" + "1 " * len(names)
+        (tmp_path / "a.ply").write_text(text + "\n")
+        return tmp_path / "a.ply"
+
+    for name in ("label", "scalar_label", "scalar_Label"):
+        assert read_cloud(ply("x", "y", "z", name), classes=2).label.tolist() == [1]
+    for names in (("x", "y", "z", "scalar_class"), ("x", "y", "z", "label", "scalar_label")):
+        with pytest.raises(BrokenFile, match=f"one property `label`, and have {' '.join(names)}"):
+            read_cloud(ply(*names), classes=2)
+    with pytest.raises(BrokenFile, match="its points need red green blue, and have x y z red"):
+        read_cloud(ply("x", "y", "z", "red"))
