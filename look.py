@@ -74,6 +74,7 @@ def draw_curves(runs, out):
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.3 * len(lines)), layout="constrained")
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, i + 1, title=metric, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         for color, (name, curves) in enumerate(lines.items()):
             if metric in curves:

@@ -12,6 +12,7 @@ picture in ten times the time. Both are drawn at twice the size and averaged. Pi
 import io
 import math
 import os
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -240,9 +241,15 @@ class Cell(NamedTuple):
 def sheet(cells, columns, title="", legend=()):
     """Pictures of one size in rows of `columns`, with captions -> (H, W, 3) uint8.
 
-    title: lines above them; legend: (name, colour) below. Pillow's font has Latin letters alone,
-    others become boxes.
+    title: lines above them; legend: (name, colour) below. Pillow's font has Latin letters without
+    accents, which are left away; others become boxes.
     """
+    def plain(text):
+        letters = unicodedata.normalize("NFKD", text)       # a letter, then its accents
+        return "".join(c for c in letters if not unicodedata.combining(c))
+
+    title, legend = plain(title), [(plain(name), colour) for name, colour in legend]
+    cells = [cell._replace(caption=plain(cell.caption)) for cell in cells]
     font = ImageFont.load_default(TEXT)
     H, W, _ = cells[0].picture.shape
     lines = max(cell.caption.count("\n") + 1 if cell.caption else 0 for cell in cells)

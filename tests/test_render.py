@@ -262,3 +262,10 @@ def test_a_png_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be written .No space left"):
         save(tmp_path / "new" / "a.png", picture // 2)
     assert (tmp_path / "new" / "a.png").read_bytes() == before
+
+
+def test_accents_are_left_away_since_the_font_has_none():
+    picture = np.full((30, 120, 3), 255, np.uint8)
+    names = [render.sheet([render.Cell(picture, name)], 1, name, [(name, (9, 9, 9))])
+             for name in ("Stühle", "Stuhle", "Stahle")]
+    assert (names[0] == names[1]).all() and (names[1] != names[2]).any()
