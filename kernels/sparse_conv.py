@@ -20,7 +20,8 @@ same sum over the map turned round.
     _convolve, _weight_gradient    GPU, gathered rows and sums stay on chip. With e bytes a number
                                    e·P·C read for each 128 (fp32: 64) of D, e·V·D written; for the
                                    gradient of weight e·P·(C + D) read for each 64 x 64 of C x D;
-                                   4·K·V of the map each time
+                                   4·K·V of the map each time. C and D are multiples of 16 there,
+                                   filled up with zeros, for which 2·e·V·C and 2·e·V·D more move
 
 No program adds to what another one adds to: without atomics the same input gives the same bits.
 Sums are fp32, rounded once; fp32 is not multiplied as TF32: Triton and torch differ by the order of
@@ -32,6 +33,7 @@ import sys
 from collections import namedtuple
 
 import torch
+import torch.nn.functional as F
 
 if __package__:
     from . import interpolate  # noqa: F401  its operator sums weighted rows
@@ -212,7 +214,14 @@ def blocks(C, D, size):  # of the forward and of the weight kernel: no spills, w
             dict(BLOCK_T=32, BLOCK_C=min(c, 64), BLOCK_D=min(d, 64), num_warps=warps))
 
 
+def aligned(x, dims=1):  # last dims with zeros up to a multiple of 16: else a GPU loads 2 bytes each
+    fill = [n for size in x.shape[:-1 - dims:-1] for n in (0, -size % 16)]
+    return F.pad(x, fill) if any(fill) else x
+
+
 def conv_triton(feats, weight, table, rows):
+    size = weight.shape[2]
+    feats, weight = aligned(feats), aligned(weight, dims=2)
     (K, T), (C, D) = table.shape, weight.shape[1:]
     config = blocks(C, D, feats.element_size())[0]
     out = torch.empty(T, D, dtype=feats.dtype, device=feats.device)
@@ -220,10 +229,12 @@ def conv_triton(feats, weight, table, rows):
     with torch.cuda.device_of(feats):  # Triton launches on the current device
         _convolve[grid](feats, weight, table, rows, out, T, K, C, D, **config,
                         enable_fp_fusion=False)
-    return out
+    return out[:, :size].contiguous()
 
 
 def weights_triton(feats, grad, table, rows):
+    sizes = feats.shape[1], grad.shape[1]
+    feats, grad = aligned(feats), aligned(grad)
     (K, T), C, D = table.shape, feats.shape[1], grad.shape[1]
     config = blocks(C, D, feats.element_size())[1]
     tiles = triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(D, config["BLOCK_D"])
@@ -233,7 +244,7 @@ def weights_triton(feats, grad, table, rows):
     with torch.cuda.device_of(feats):
         _weight_gradient[(K * parts, *tiles)](feats, grad, table, rows, out, T, K, C, D, parts,
                                               **config, enable_fp_fusion=False)
-    return out.sum(0).to(feats.dtype)
+    return out.sum(0)[:, :sizes[0], :sizes[1]].to(feats.dtype).contiguous()
 
 
 def run(in_triton, in_torch, *args):  # args: feats, another, table, rows

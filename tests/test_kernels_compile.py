@@ -56,10 +56,9 @@ def configurations():
         yield "splat", splat._splat, TYPES, config
     yield "splat_unpack", splat._unpack, TYPES, splat.UNPACK
     for dtype, size in (("*fp32", 4), ("*bf16", 2)):  # the stem, blocks, the head: all sizes
-        for C, D in ((4, 51), (64, 64), (256, 256), (409, 20), (409, 409)):
-            kinds = ("i32" + " % 16" * (x % 16 == 0) for x in (C, D))
-            types = dict(TYPES, feats=dtype, weight=dtype, grad=dtype, out=dtype)
-            types["C"], types["D"] = kinds
+        for C, D in ((16, 64), (64, 64), (256, 256), (416, 32), (416, 416)):    # multiples of 16
+            types = dict(TYPES, feats=dtype, weight=dtype, grad=dtype, out=dtype, C="i32 % 16",
+                         D="i32 % 16")
             forward, backward = sparse.blocks(C, D, size)
             yield f"sparse_conv {dtype}, {C} {D}", sparse._convolve, types, forward
             yield (f"sparse_conv_weights {dtype}, {C} {D}", sparse._weight_gradient,

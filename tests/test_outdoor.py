@@ -518,7 +518,7 @@ def test_two_processes_see_the_scans_of_one(small, tmp_path, tiny_clip):
         "run.main_guard(outdoor.main)\n", encoding="utf-8")
     env = {**{k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")},
            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(outdoor.__file__).parent)}
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29523"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29527"]
     for folder, launcher in (("one", []), ("two", torchrun)):
         start = [sys.executable, *launcher, str(tmp_path / "small.py"), "--device", "cpu"]
         for command in (["--data", "folder", "--root", str(tmp_path / "data"), "--clip", tiny_clip,
