@@ -132,8 +132,8 @@ def shared_settings(args, recipe, synthetic_clip="nano"):
     if not 0 <= getattr(recipe, "dropout", 0) < 1:
         raise InputError(f"--dropout {recipe.dropout} must be in 0..1")
     if data == "synthetic" and args.root:
-        raise InputError(f"--root {args.root}: the built-in data has no files; leave it out, or add "
-                         "--data")
+        raise InputError(f"--root {args.root}: the built-in data has no files; leave it out, or "
+                         "add --data")
     if args.out and (Path(args.out) / "last.pt").exists():
         raise InputError(f"--out {args.out}: holds a run; --resume {args.out} goes on with it, or "
                          "give another folder")

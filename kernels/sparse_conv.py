@@ -214,7 +214,7 @@ def blocks(C, D, size):  # of the forward and of the weight kernel: no spills, w
             dict(BLOCK_T=32, BLOCK_C=min(c, 64), BLOCK_D=min(d, 64), num_warps=warps))
 
 
-def aligned(x, dims=1):  # last dims with zeros up to a multiple of 16: else a GPU loads 2 bytes each
+def aligned(x, dims=1):  # last dims filled up to multiples of 16: else a GPU loads 2 bytes each
     fill = [n for size in x.shape[:-1 - dims:-1] for n in (0, -size % 16)]
     return F.pad(x, fill) if any(fill) else x
 

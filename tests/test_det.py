@@ -637,7 +637,7 @@ def test_a_saved_run_is_evaluated_on_other_data(small, own, capsys, tmp_path):
         det.main(["--eval", "runs/det-folder-1", "--root", str(other)])
     with pytest.raises(InputError, match="has other classes than the run: bed, "):
         det.main(["--eval", "runs/det-folder-1", "--data", "synthetic"])
-    with pytest.raises(InputError, match="--root .*other: the run's data is built in .*; add --data"):
+    with pytest.raises(InputError, match="--root .*other: the run's data is built in.*add --data"):
         det.main(["--eval", "runs/det-folder-1", "--data", "synthetic", "--root", str(other)])
     with pytest.raises(InputError, match="was trained with data folder, not synthetic"):
         det.main(["--resume", "runs/det-folder-1", "--data", "synthetic"])

@@ -671,7 +671,7 @@ def test_a_saved_run_is_evaluated_on_other_data(small, own, rooms, tmp_path, cap
     (other / "classes.txt").write_text("\n".join((*ROOM_CLASSES[:12], "junk")), encoding="utf-8")
     with pytest.raises(InputError, match="has other classes than the run: ceiling, floor, .*junk"):
         evaluated("--data", "folder", "--root", str(other))
-    with pytest.raises(InputError, match="--root .*other: the run's data is built in .*; add --data"):
+    with pytest.raises(InputError, match="--root .*other: the run's data is built in.*add --data"):
         evaluated("--root", str(other))
 
     seg.main([*small, "--data", "folder", "--root", str(own), "--like", "synthetic"])
