@@ -321,7 +321,7 @@ def test_each_nano_clip_command_runs(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_clip, "prepared_folder", lambda root, name: tmp_path)
     monkeypatch.setattr(train_clip.objects, "prepare", lambda *args: args[1])
     xyz = np.concatenate(list(shapes(2).values())).astype(np.float32)
-    monkeypatch.setattr(train_clip.objects, "load", lambda *args, fraction: (
+    monkeypatch.setattr(train_clip.objects, "load", lambda *args, fraction, flag: (
         None, (xyz, np.arange(3).repeat(2)), ("cup", "night_stand", "thing"), "small clouds"))
     monkeypatch.chdir(tmp_path)
     run_above(words, train_clip.main, monkeypatch)
