@@ -421,7 +421,7 @@ def test_every_command_of_readme_and_docs_is_covered_by_a_test_above():
 # --- files ----------------------------------------------------------------------------------------
 
 def test_every_file_named_in_the_map_exists_and_has_about_that_many_lines():
-    rows = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", README, re.M)
+    rows = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", "\n".join(PAGES), re.M)
     assert len(rows) >= 8
     for name, count in rows:
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
@@ -439,6 +439,7 @@ def test_every_picture_of_the_pages_is_there_and_small():
 FORK = README.split("\n## Fork it\n")[1].split("\n## ")[0]
 ROWS = {script: re.findall(r"`([^`]+)`", files)
         for script, files in re.findall(r"^\| `(train_\w+\.py)` \| (.*) \|$", FORK, re.M)}
+EVERY = re.findall(r"`([^`]+)`", FORK.split("Every script needs ")[1].split(" Its row adds")[0])
 
 
 def named_after(words):
@@ -450,8 +451,8 @@ def named_after(words):
 
 
 def fork(folder, script, *more):
-    """Copy a script and the files of its row, and nothing else of the repository."""
-    for name in dict.fromkeys([script, *ROWS[script], *more]):
+    """Copy a script, what every script needs, the files of its row, and nothing else."""
+    for name in dict.fromkeys([script, *EVERY, *ROWS[script], *more]):
         source, copy = ROOT / name, folder / name
         assert source.is_dir() == name.endswith("/") and source.exists(), name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -560,7 +561,7 @@ t.main(sys.argv[1:])"""
 def test_the_built_in_data_needs_the_files_that_readme_names(tmp_path, script):
     more = named_after("The built-in data, which a script takes without `--data`, needs")
     assert any("data/synthetic_" in file for file in more)
-    assert "data/synthetic_" not in "".join(ROWS[script])
+    assert "data/synthetic_" not in "".join([*EVERY, *ROWS[script]])
     fork(tmp_path, script, *more)
     name = script.removesuffix(".py")
     if script == "train_clip.py":
