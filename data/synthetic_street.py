@@ -175,7 +175,7 @@ def reaches(kind, center, half, yaw, origin, d):
 
 
 def scan_street(seed, beams=None, columns=None):
-    """One turn of the sensor in a street of its own.
+    """One turn of the sensor in a street of its own. beams, columns: its rays, instead of ours.
 
     returns xyz (n, 3) float32, metres, the sensor at 0 looking along +x; remission (n,) float32 in
     0..1; label (n,) int64 into STREET_CLASSES.
