@@ -484,22 +484,23 @@ def draw_shots(xyz, label, shots, seed):
 # ---- Main ----------------------------------------------------------------------------------------
 def main(argv=None):
     args = flags(argv)
-    cfg, saved, folder, ask = settings(args)
+    cfg, saved, folder = settings(args)
     if world_size() > 1:
         raise InputError("train_clip2point.py: a batch is contrasted as a whole; run it without "
                          "torchrun")
     setup = Setup(args.device, cfg["precision"])
     clip = load_clip(cfg["clip"], cfg["seed"], setup.device)
     check_frozen(cfg, saved, clip)
-    if ask.predict or ask.detections:
-        work = predict if ask.predict else name_boxes
-        return work(ask, clip, tower_of(clip, saved, ask.official), cfg, setup)
+    if args.predict or args.detections:
+        work = predict if args.predict else name_boxes
+        out = Path(args.out or Path(args.eval or ".") / "predicted")
+        return work(args, out, clip, tower_of(clip, saved, args.official), cfg, setup)
     run = Run("clip2point", cfg, setup, saved)
-    if not args.eval and not ask.zero_shot:
+    if not args.eval and not args.zero_shot:
         run.open(__file__, folder or args.out)
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    if ask.zero_shot:
-        return name_test(ask, clip, tower_of(clip, saved, ask.official), run)
+    if args.zero_shot:
+        return name_test(args, clip, tower_of(clip, saved, args.official), run)
 
     data, tests, classes, form = load_pairs(cfg, clip, setup)
     cfg["classes"], names = list(classes), [name.replace("_", " ") for name in classes]
@@ -602,9 +603,9 @@ def print_table(run, tests, found):
         run.print(f"{title:37}" + "".join(f"{100 * share:26.2f}" for share in shares))
 
 
-def name_test(ask, clip, tower, run):
+def name_test(args, clip, tower, run):
     """--zero-shot and --shots: name the test clouds of a data set."""
-    cfg, setup, name = {**run.cfg, "root": ask.root, "up": ask.up}, run.setup, ask.zero_shot
+    cfg, setup, name = {**run.cfg, "root": args.root, "up": args.up}, run.setup, args.zero_shot
     test, shots, classes, form = load_test(name, cfg, cfg["recipe"]["points"])
     # the release's prompt for ModelNet10 has an underscore: image of a night_stand
     names = [word if name == "modelnet10" else word.replace("_", " ") for word in classes]
@@ -631,20 +632,20 @@ def name_test(ask, clip, tower, run):
     if tower is clip.visual:
         del towers[AFTER]
     run.print(f"views    {views_for(clip, cfg)}" + (f", with shots {views_for(clip, cfg, True)}"
-                                                    if ask.shots is not None else ""))
+                                                    if args.shots is not None else ""))
     found = evaluate(towers, [test], clip, text, cfg, setup)
     zero = list(found.values())[-1][test.name]
-    if ask.shots is not None:
-        some = draw_shots(*shots, ask.shots, cfg["seed"])
+    if args.shots is not None:
+        some = draw_shots(*shots, args.shots, cfg["seed"])
         few = [word for word, n in zip(run.cfg["classes"], torch.bincount(
             some[1], minlength=len(known)).tolist())
-               if n < ask.shots]
+               if n < args.shots]
         run.print(f"shots    {len(some[1]):,} clouds"
-                  + f"; there are fewer than {ask.shots} of {', '.join(few)}" * bool(few))
-        title = SHOTS.format(ask.shots or "all")
+                  + f"; there are fewer than {args.shots} of {', '.join(few)}" * bool(few))
+        title = SHOTS.format(args.shots or "all")
         found[title], best = adapt(clip, tower, some, [test], text, cfg, setup)
     print_table(run, [test], found)
-    if ask.shots is not None:
+    if args.shots is not None:
         run.print(f"adapter  last epoch (best on test: {percent(best[0])} in epoch {best[1]})")
     worst_classes(run, zero, test.label)
 
@@ -688,12 +689,12 @@ def picture(tower, test, clip, text, cfg, setup, most=12):
 CLEARLY = 0.08
 
 
-def predict(ask, clip, tower, cfg, setup):
+def predict(args, out, clip, tower, cfg, setup):
     """Name anybody's meshes or clouds among anybody's words, and draw what was looked at."""
-    names = words_of(ask.classes)
-    text, points, up = text_features(clip, names), cfg["recipe"]["points"], ask.up or "z"
+    names = words_of(args.classes)
+    text, points, up = text_features(clip, names), cfg["recipe"]["points"], args.up or "z"
     other, cells = {"z": "y", "y": "z"}[up], []
-    for file in ask.predict:
+    for file in args.predict:
         xyz = torch.from_numpy(objects.read_one(file, 2 * points, points))
         xyz = objects.unit_sphere(farthest(xyz[None], points))          # (1, N, 3)
         mean = {axis: zero_shot(f, text)[0] / f.shape[1] for axis in (up, other) for f in
@@ -709,27 +710,26 @@ def predict(ask, clip, tower, cfg, setup):
         maps = drawn(y_up(xyz, up), clip, cfg)[0]
         lines, V = [Path(file).name, *words], len(maps)
         cells += [render.Cell(x, "\n".join(lines[i::V])) for i, x in enumerate(maps)]
-    look = Path(ask.out) / "look.png"
+    look = out / "look.png"
     what = BEFORE if tower is clip.visual else AFTER
     title = f"what {clip.name}, {what}, looked at, {up} up: share (mean cosine)"
     render.save(look, render.sheet(cells[:40 * V], V, title))           # of the first 40 files
     print(f"look: {look}")
 
 
-def name_boxes(ask, clip, tower, cfg, setup):
+def name_boxes(args, out, clip, tower, cfg, setup):
     """--detections: give the boxes that train_det.py exported, with their clouds, anybody's words.
 
     Each box is cut out, drawn and named. With --root, where NAME.json is of the true boxes, prints
     mAP@0.25. Writes NAME.json, scores multiplied by the share of the name.
     """
-    names, folder = words_of(ask.classes), Path(ask.detections)
+    names, folder = words_of(args.classes), Path(args.detections)
     folder = folder / "predicted" if (folder / "predicted").is_dir() else folder
     files = sorted(path for path in folder.glob("*.json") if path.with_suffix(".ply").is_file())
     if not files:
         raise InputError(f"--detections {folder}: no NAME.json with NAME.ply, as train_det.py "
                          "--export or --predict writes them")
     text, points, found, true = text_features(clip, names), cfg["recipe"]["points"], [], {}
-    out = Path(ask.out)
     if out.resolve() == folder.resolve():
         raise InputError(f"--out {out}: the boxes lie there and would be written over; give "
                          "another folder")
@@ -749,7 +749,7 @@ def name_boxes(ask, clip, tower, cfg, setup):
                 continue
             cloud = torch.from_numpy(inside.astype(np.float32))[None]
             cloud = objects.unit_sphere(farthest(cloud, min(points, len(inside))))
-            f, = features_of([tower], clip, y_up(cloud, ask.up or "z"), cfg, setup)
+            f, = features_of([tower], clip, y_up(cloud, args.up or "z"), cfg, setup)
             share = (clip.scale * zero_shot(f, text)[0] / f.shape[1]).softmax(0)
             entry["class"] = names[share.argmax()]
             entry["score"] = float(share.max()) * entry.get("score", 1.0)
@@ -759,14 +759,14 @@ def name_boxes(ask, clip, tower, cfg, setup):
         print(f"{path.stem}: " + (", ".join(f"{kinds.count(n)} {n}" for n in names if n in kinds)
                                   or "no box") + f"; {empty} of fewer than 16 points left out"
               * bool(empty))
-        if ask.root:
-            places = [Path(ask.root) / part / path.name for part in ("", "val", "test")]
+        if args.root:
+            places = [Path(args.root) / part / path.name for part in ("", "val", "test")]
             truth = next((place for place in places if place.is_file()), None)
             if truth is None:
-                raise InputError(f"--root {ask.root}: has no {path.name}, val/{path.name} or "
+                raise InputError(f"--root {args.root}: has no {path.name}, val/{path.name} or "
                                  f"test/{path.name} with the true boxes; leave --root out")
             true[path.stem] = read_boxes(truth)
-    if ask.root:
+    if args.root:
         aps = []
         for name in names:
             mine = {scene: boxes[[kind.replace("_", " ") == name.replace("_", " ")
@@ -778,7 +778,7 @@ def name_boxes(ask, clip, tower, cfg, setup):
             else:
                 print(f"{name:16s}     no true box; not in the mean")
         if not aps:
-            raise InputError(f"--root {ask.root}: has no true box of any of --classes "
+            raise InputError(f"--root {args.root}: has no true box of any of --classes "
                              f"{', '.join(names)}")
         print(f"result   mAP@0.25 {percent(sum(aps) / len(aps))} over {len(aps)} classes that "
               f"occur; {clip.name}")
@@ -821,10 +821,6 @@ def flags(argv):
     return parser.parse_args(argv)
 
 
-ASKED = "zero_shot", "shots", "predict", "detections", "classes", "official"
-PLACES = "up", "root", "out"                # of what is asked, or of a run's data
-
-
 SAVED = {                                   # forms of the settings that are this script's own
     "data": (*RECIPES,), "classes": [str], "up": ("y", "z"), "views": (None, *VIEWS),
     "average": bool, "loss": ("both", "cross", "intra"), "from_scratch": bool,
@@ -833,39 +829,37 @@ SAVED = {                                   # forms of the settings that are thi
 
 
 def settings(args):
-    """-> config, checkpoint or None, run folder or None; what is asked of a finished tower."""
-    ask = Namespace(**{name: getattr(args, name) for name in (*ASKED, *PLACES)})
-    ask.out = ask.out or str(Path(args.eval or ".") / "predicted")
-    given = [name for name in ("zero_shot", "predict", "detections") if getattr(ask, name)]
-    looks, reads_words = bool(given), bool(ask.predict or ask.detections)
+    """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
+    looks = [name for name in ("zero_shot", "predict", "detections") if getattr(args, name)]
     for wrong, line in (
-            (len(given) > 1, "--zero-shot, --predict and --detections: give one of them"),
+            (len(looks) > 1, "--zero-shot, --predict and --detections: give one of them"),
             (looks and (args.data or args.resume), "--zero-shot, --predict and --detections "
              "pre-train nothing; leave --data and --resume out"),
-            (reads_words != bool(ask.classes), "--predict and --detections need words to choose "
-             'from, and words need one of them: --classes "chair, table"'),
-            (ask.shots is not None and not ask.zero_shot, "--shots needs clouds with labels: add "
+            (bool(args.predict or args.detections) != bool(args.classes), "--predict and "
+             "--detections need words to choose from, and words need one of them: --classes "
+             '"chair, table"'),
+            (args.shots is not None and not args.zero_shot, "--shots needs clouds with labels: add "
              "--zero-shot modelnet40 --root DIR"),
-            (ask.official and (not looks or args.eval), "--init-official gives the depth tower of "
+            (args.official and (not looks or args.eval), "--init-official gives the depth tower of "
              "--zero-shot, --predict or --detections")):
         if wrong:
             raise InputError(line)
     own = {"views": args.views, "average": args.average}
-    later = [*ASKED, *PLACES * looks, *["views", "average"] * bool(args.eval)]
-    for name in later:                      # they change nothing of what was trained
-        setattr(args, name, None)
+    # what is asked of a finished tower changes nothing of what was trained
+    later = ["zero_shot", "shots", "predict", "detections", "classes", "official"]
+    later += ["up", "root", "out"] * bool(looks) + [*own] * bool(args.eval)
+    args = Namespace(**{**vars(args), **dict.fromkeys(later)})
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "clip2point", Recipe, SAVED,
-                                            trained(sums=3))
-        return {**cfg, **{k: x for k, x in own.items() if x and args.eval}}, saved, folder, ask
+        cfg, saved, folder = saved_settings(args, "clip2point", Recipe, SAVED, trained(sums=3))
+        return {**cfg, **{name: value for name, value in own.items() if value}}, saved, folder
     if args.objects and args.data not in (None, "synthetic"):
         raise InputError(f"--objects is of the built-in data; leave it out with --data {args.data}")
     recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     if not 0 < recipe.temperature < math.inf:
         raise InputError(f"--temperature {recipe.temperature} must be above 0, and a number")
     cfg = shared_settings(args, recipe)
-    cfg.update(own, loss=args.loss or "both", from_scratch=args.from_scratch, up=args.up or "z")
-    return cfg, None, None, ask
+    return {**cfg, **own, "loss": args.loss or "both", "from_scratch": args.from_scratch,
+            "up": args.up or "z"}, None, None
 
 
 if __name__ == "__main__":
