@@ -303,25 +303,18 @@ def tower_of(clip, saved, official):
 
 
 # ---- Metric --------------------------------------------------------------------------------------
+def evaluate(tower, tests, clip, text, cfg, setup):
+    """Cosines with the classes, summed over the views: (S, C) of each test."""
+    found = (features_of([tower], clip, test.xyz, cfg, setup)[0] for test in tests)
+    return [zero_shot(features, text).cpu() for features in found]
+
+
 def accuracy(scores, label, among=None):
-    """Share of clouds whose best class is right; among: of these classes (n,) alone."""
-    label = label.to(scores.device)
-    if among is not None:
-        among = torch.as_tensor(among, device=scores.device)
-        scores = scores.masked_fill(~torch.isin(torch.arange(scores.shape[1],
-                                                device=scores.device), among), -math.inf)
-        kept = torch.isin(label, among)
-        scores, label = scores[kept], label[kept]
-    return (scores.argmax(1) == label).float().mean().item()
-
-
-def evaluate(towers, tests, clip, text, cfg, setup):
-    """{title: tower} -> {title: {test: scores (S, C)}}."""
-    found = {title: {} for title in towers}
-    for test in tests:
-        for title, f in zip(towers, features_of(towers.values(), clip, test.xyz, cfg, setup)):
-            found[title][test.name] = zero_shot(f, text)
-    return found
+    """Share of clouds whose best class is right; among: of these classes alone."""
+    among = torch.as_tensor(range(scores.shape[1]) if among is None else among)
+    kept = torch.isin(label, among)
+    named = among[scores[kept][:, among].argmax(1)]
+    return (named == label[kept]).float().mean().item()
 
 
 def average_precision(found, true, least=0.25):
@@ -367,8 +360,8 @@ def train(model, data, tests, clip, text, run):
             rows = order[step * recipe.batch_size:][:recipe.batch_size]
             run.sums += train_step(wrapped, optimizer, data, rows, clip, run, others)
         cross, intra, n = run.totals("cross", "intra")
-        found = evaluate({"depth": model.towers["depth"]}, tests, clip, text, cfg, setup)["depth"]
-        shares = [accuracy(found[test.name], test.label) for test in tests]
+        found = evaluate(model.towers["depth"], tests, clip, text, cfg, setup)
+        shares = [accuracy(scores, test.label) for scores, test in zip(found, tests)]
         run.row(shares[-1] if tests else None,
                 f"{cross / n:8.4f} {intra / n:7.4f} {model.balance['depth'].item():7.4f}" + "".join(
                     f"{100 * share:{len(test.name) + 4}.2f}" for share, test in zip(shares, tests)),
@@ -440,15 +433,15 @@ def train_step(model, optimizer, data, rows, clip, run, others):
     return sums
 
 
-def adapt(clip, tower, shots, tests, text, cfg, setup):
+def adapt(tower, shots, tests, clip, text, cfg, setup):
     """Train the dual-path adapter on clouds with labels, both towers frozen. Release, fewshot.py.
 
-    shots: (xyz, label). -> {test: scores (S, C)} of the last epoch; best accuracy on the last test,
-    its epoch. Towers are frozen and clouds stay as they are, so features are computed once.
+    shots: (xyz, label). -> scores (S, C) of each test in the last epoch; the best accuracy on the
+    last test, its epoch. Towers and clouds stay as they are, so features are computed once.
     """
     towers, device = (tower, clip.visual), setup.device
     pair = features_of(towers, clip, shots[0], cfg, setup, few=True)    # (S, V, E) of both
-    pairs = {test.name: features_of(towers, clip, test.xyz, cfg, setup, few=True) for test in tests}
+    to_test = [features_of(towers, clip, test.xyz, cfg, setup, few=True) for test in tests]
     label = shots[1].to(device)
     draw = torch.Generator().manual_seed(seed_of(cfg["seed"], 1))
     torch.manual_seed(seed_of(cfg["seed"]))
@@ -466,8 +459,8 @@ def adapt(clip, tower, shots, tests, text, cfg, setup):
                 optimizer.step()
         model.eval()
         with torch.no_grad():
-            scores = {name: model(*features) @ text.T for name, features in pairs.items()}
-        best = max(best, (accuracy(scores[tests[-1].name], tests[-1].label), epoch + 1))
+            scores = [(model(*features) @ text.T).cpu() for features in to_test]
+        best = max(best, (accuracy(scores[-1], tests[-1].label), epoch + 1))
     return scores, best
 
 
@@ -549,35 +542,34 @@ def percent(share):
 
 
 BEFORE, AFTER, SHOTS = "CLIP's image tower", "depth tower", "with {} shots, dual-path adapter"
+MISPAIRED = "control: pictures of other objects"
 
 
 def report(towers, tests, clip, text, run):
     """After pre-training: print the table, and what the controls say. -> metrics."""
-    cfg, (main, other) = run.cfg, (tests[-1], "control: pictures of other objects")
-    rows = {BEFORE: clip.visual, AFTER: towers["depth"]}
-    if "mispaired" in towers:
-        rows[other] = towers["mispaired"]
-    found = evaluate(rows, tests, clip, text, cfg, run.setup)
+    cfg, main, used = run.cfg, tests[-1], (clip, text, run.cfg, run.setup)
+    found = {BEFORE: evaluate(clip.visual, tests, *used),
+             AFTER: evaluate(towers["depth"], tests, *used)}
     if cfg["data"] == "synthetic":
+        found[MISPAIRED] = evaluate(towers["mispaired"], tests, *used)
         n, seed = SCANS[0]
         shots = scanned(n, seed, cfg["recipe"]["points"], cfg["classes"])
-        found[SHOTS.format(n)], best = adapt(clip, towers["depth"], shots, tests, text, cfg,
-                                             run.setup)
+        found[SHOTS.format(n)], best = adapt(towers["depth"], shots, tests, *used)
     print_table(run, tests, found)
-    share = {title: accuracy(scores[main.name], main.label) for title, scores in found.items()}
+    share = {title: accuracy(scores[-1], main.label) for title, scores in found.items()}
     metrics = {"accuracy": share[AFTER], "before": share[BEFORE]}
     if cfg["data"] != "synthetic":
         return metrics
-    metrics.update(adapter=share[SHOTS.format(n)], mispaired=share[other])
+    metrics.update(adapter=share[SHOTS.format(n)], mispaired=share[MISPAIRED])
     run.print(f"adapter  last epoch (best on the {main.name}: {percent(best[0])} in epoch "
               f"{best[1]})")
-    found = {"before": found[BEFORE], "after": evaluate(
-        {"": towers["left out"]}, tests, clip, text, cfg, run.setup)[""], "seen": found[AFTER]}
+    found = {"before": found[BEFORE], "after": evaluate(towers["left out"], tests, *used),
+             "seen": found[AFTER]}
     unseen = torch.tensor([cfg["classes"].index(name) for name in LEFT_OUT])
-    for test in tests:
-        kept = torch.isin(test.label, unseen)
-        all_, four = ([accuracy(scores[test.name][kept], test.label[kept], among)
-                       for scores in found.values()] for among in (None, unseen))
+    for i, test in enumerate(tests):
+        mine = torch.isin(test.label, unseen)
+        all_ = [accuracy(scores[i][mine], test.label[mine]) for scores in found.values()]
+        four = [accuracy(scores[i], test.label, unseen) for scores in found.values()]
         run.print(f"left out {', '.join(LEFT_OUT)} of the {test.name}, among all: before "
                   f"{percent(all_[0])}, pre-trained without them {percent(all_[1])}, with them "
                   f"{percent(all_[2])}; among the four: {', '.join(map(percent, four))}")
@@ -586,73 +578,75 @@ def report(towers, tests, clip, text, run):
 
 
 def print_table(run, tests, found):
-    """found: {title: {test: scores}}. Where the classes are nano's forty, the twenty of the
+    """found: {title: scores of each test}. Where the classes are nano's forty, the twenty of the
     built-in classification stand beside them: their clouds, named among them."""
     classes, among = run.cfg["classes"], []
     with contextlib.suppress(ModuleNotFoundError):      # a fork for its own data has none
         from data.synthetic_objects import ALL_CLASSES, OBJECT_CLASSES
         if set(classes) == set(ALL_CLASSES):
             among = [[classes.index(name) for name in OBJECT_CLASSES]]
-    among.append(list(range(len(classes))))
-    columns = [(test, some) for test in tests for some in among]
-    run.print(f"{'accuracy in %':37}" + "".join(f"{t.name:>26}" for t, _ in columns))
+    among.append(range(len(classes)))
+    columns = [(i, some) for i in range(len(tests)) for some in among]
+    run.print(f"{'accuracy in %':37}" + "".join(f"{tests[i].name:>26}" for i, _ in columns))
     run.print(f"{'':37}" + "".join(f"{f'{len(some)} classes':>26}" for _, some in columns))
     run.print(f"{'chance':37}" + "".join(f"{100 / len(some):26.2f}" for _, some in columns))
     for title, scores in found.items():
-        shares = [accuracy(scores[test.name], test.label, some) for test, some in columns]
+        shares = [accuracy(scores[i], tests[i].label, some) for i, some in columns]
         run.print(f"{title:37}" + "".join(f"{100 * share:26.2f}" for share in shares))
 
 
 def name_test(args, clip, tower, run):
     """--zero-shot and --shots: name the test clouds of a data set."""
-    cfg, setup, name = {**run.cfg, "root": args.root, "up": args.up}, run.setup, args.zero_shot
+    cfg, name = {**run.cfg, "root": args.root, "up": args.up}, args.zero_shot
     test, shots, classes, form = load_test(name, cfg, cfg["recipe"]["points"])
     # the release's prompt for ModelNet10 has an underscore: image of a night_stand
     names = [word if name == "modelnet10" else word.replace("_", " ") for word in classes]
     known = [i for i, word in enumerate(names) if knows(clip, word)]
+    unknown = [word for i, word in enumerate(names) if i not in known]
     if not known:
         raise InputError(f"{form}: {clip.name} knows none of its classes, "
                          f"{', '.join(names)[:200]}; --clip openai knows all words")
-    number = torch.full((len(names),), -1)
-    number[known] = torch.arange(len(known))
-    parts = [(xyz[number[label] >= 0], number[label[number[label] >= 0]])
-             for xyz, label in (test[1:], shots)]
-    test, shots = Test(test.name, *parts[0]), parts[1]
-    run.cfg["classes"], text = [classes[i] for i in known], text_features(clip, [
-        names[i] for i in known])
+    test = Test(test.name, *of_classes(test.xyz, test.label, known))
+    run.cfg["classes"] = classes = [classes[i] for i in known]
+    text = text_features(clip, [names[i] for i in known])
     run.print(f"data     {len(test.label):,} {test.name}, {len(known)} classes, {test.xyz.shape[1]}"
               f" points; {form}")
-    if len(known) < len(names):
-        unknown = [word for i, word in enumerate(names) if i not in known]
+    if unknown:
         run.print(f"left out {clip.name} does not know {', '.join(unknown)}")
     if name.startswith("modelnet"):
         run.print("note     published zero-shot numbers are of the manually aligned ModelNet40")
     common.print_warning(run, clip.name)
-    towers = {BEFORE: clip.visual, AFTER: tower}
-    if tower is clip.visual:
-        del towers[AFTER]
-    run.print(f"views    {views_for(clip, cfg)}" + (f", with shots {views_for(clip, cfg, True)}"
-                                                    if args.shots is not None else ""))
-    found = evaluate(towers, [test], clip, text, cfg, setup)
-    zero = list(found.values())[-1][test.name]
-    if args.shots is not None:
-        some = draw_shots(*shots, args.shots, cfg["seed"])
-        few = [word for word, n in zip(run.cfg["classes"], torch.bincount(
-            some[1], minlength=len(known)).tolist())
-               if n < args.shots]
-        run.print(f"shots    {len(some[1]):,} clouds"
+    with_shots = args.shots is not None
+    run.print(f"views    {views_for(clip, cfg)}"
+              + f", with shots {views_for(clip, cfg, True)}" * with_shots)
+    used = clip, text, cfg, run.setup
+    found = {BEFORE: evaluate(clip.visual, [test], *used)}
+    if tower is not clip.visual:
+        found[AFTER] = evaluate(tower, [test], *used)
+    scores, = found.get(AFTER, found[BEFORE])
+    if with_shots:
+        shots = draw_shots(*of_classes(*shots, known), args.shots, cfg["seed"])
+        counts = torch.bincount(shots[1], minlength=len(known)).tolist()
+        few = [word for word, count in zip(classes, counts) if count < args.shots]
+        run.print(f"shots    {len(shots[1]):,} clouds"
                   + f"; there are fewer than {args.shots} of {', '.join(few)}" * bool(few))
-        title = SHOTS.format(args.shots or "all")
-        found[title], best = adapt(clip, tower, some, [test], text, cfg, setup)
+        found[SHOTS.format(args.shots or "all")], best = adapt(tower, shots, [test], *used)
     print_table(run, [test], found)
-    if args.shots is not None:
+    if with_shots:
         run.print(f"adapter  last epoch (best on test: {percent(best[0])} in epoch {best[1]})")
-    worst_classes(run, zero, test.label)
+    worst_classes(run, scores, test.label)
+
+
+def of_classes(xyz, label, known):
+    """The clouds of some classes, which are numbered anew in their order."""
+    known = torch.tensor(known)
+    kept = torch.isin(label, known)
+    return xyz[kept], torch.searchsorted(known, label[kept])
 
 
 def worst_classes(run, scores, label, most=8):
     """Zero-shot, the classes that are named worst, and what their clouds are mostly taken for."""
-    classes, named, lines = run.cfg["classes"], scores.argmax(1).cpu(), []
+    classes, named, lines = run.cfg["classes"], scores.argmax(1), []
     for k in label.unique().tolist():
         mine = named[label == k]
         wrong = mine[mine != k]
