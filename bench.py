@@ -504,7 +504,7 @@ def training(task, device, batch, clip, precision):
         model = script.DepthTowers(clip.visual, ["depth"]).to(setup.device)
         optimizer = script.optimizer_of(model, recipe._replace(lr=1e-6))
         what = f"{recipe.points:,} points, 2 maps of {clip.size} x {clip.size}"
-        return (lambda: script.train_step(model, optimizer, data, rows, clip, run, rows),
+        return (lambda: script.train_step(model, optimizer, data, rows, clip, run),
                 model, run, recipe.batch_size, what)
     if task == "outdoor":
         model = script.build(cfg, None, setup)[1]

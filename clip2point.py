@@ -8,6 +8,7 @@
 Huang et al., "CLIP2Point", ICCV 2023, and its release; train_clip2point.py pre-trains the depth
 tower. y is up here, as in the release: `y_up` turns clouds whose z is.
 """
+import copy
 import difflib
 import math
 from typing import Callable, NamedTuple
@@ -19,6 +20,7 @@ from torch.profiler import record_function
 
 import common
 import nanoclip
+from checkpoint import load_weights
 from kernels import farthest_point_sample, splat
 from run import InputError
 
@@ -180,6 +182,28 @@ def untrained(clip, seed):
     return common.nano(f"{name}=random", seed)[1].visual
 
 
+def tower_of(clip, saved, official):
+    """The depth tower: of a run, of the authors' release, of this repository for --clip nano; else
+    the image tower as it is, the baseline."""
+    tower = copy.deepcopy(clip.visual)
+    if saved:
+        load_weights(tower, below("towers.depth.", saved["model"]))
+    elif official:                          # OpenAI's names, as open_clip's
+        state, _ = common.read_weights(official, "--init-official")
+        load_weights(tower, below("point_model.", state),
+                     where=f"--init-official {official}: its weights point_model.*",
+                     what=f"the image tower of {clip.model}")
+    elif clip.name == "nano":
+        nanoclip.load_depth(tower, clip.sha256)
+    else:
+        return clip.visual
+    return tower
+
+
+def below(prefix, weights):
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+
+
 def text_features(clip, names, flag="--classes"):
     """CLIP's features of the prompts of class names (C, E), of length 1."""
     try:
@@ -207,11 +231,16 @@ def views_for(clip, cfg, few=False):
     return cfg["views"] or ("oblique6" if clip.is_nano else "axis10" if few else "axis6")
 
 
+def sides(clip, cfg, few=False, device=None):
+    """The same, as `depth_maps` takes them: (V, 3), distance 1."""
+    views = torch.tensor(VIEWS[views_for(clip, cfg, few)], device=device)
+    return F.pad(views.float(), (1, 0), value=1)
+
+
 @torch.no_grad()
 def features_of(towers, clip, xyz, cfg, setup, few=False, most=256):
     """Depth maps of clouds (S, N, 3) through each of the towers -> features (S, V, E) of each."""
-    views = torch.tensor(VIEWS[views_for(clip, cfg, few)], device=setup.device)
-    views = F.pad(views.float(), (1, 0), value=1)                       # (V, 3), distance 1
+    views = sides(clip, cfg, few, setup.device)
     parts = [[] for _ in towers]
     for points in xyz.split(max(1, most // len(views))):
         maps = depth_maps(points.to(setup.device), views, clip.size, clip.radius, cfg["average"])
@@ -220,6 +249,14 @@ def features_of(towers, clip, xyz, cfg, setup, few=False, most=256):
             with setup.autocast():
                 part.append(tower.eval()(x).float().view(len(points), len(views), -1))
     return [torch.cat(part) for part in parts]
+
+
+def pictures_of(clip, xyz, cfg):
+    """What a tower looks at, for a sheet: clouds (S, N, 3) -> (S, V, H, W, 3) uint8."""
+    maps = depth_maps(xyz, sides(clip, cfg), clip.size, clip.radius, cfg["average"])
+    times = max(1, 128 // clip.size)
+    maps = (255 * maps).byte().repeat_interleave(times, 2).repeat_interleave(times, 3)
+    return maps[..., None].expand(*maps.shape, 3).numpy()
 
 
 def zero_shot(features, text):

@@ -34,11 +34,13 @@ import nanoclip
 import render
 from checkpoint import WHOLE, check_frozen, config_form, load_weights, saved_settings, trained
 from clip2point import (AXIS10, VIEWS, DualPathAdapter, cameras, depth_maps, farthest, features_of,
-                        knows, load_clip, text_features, untrained, views_for, y_up, zero_shot)
+                        knows, load_clip, pictures_of, text_features, tower_of, untrained,
+                        views_for, y_up, zero_shot)
 from data import objects
 from data.files import columns, read_boxes, read_json, read_ply, reading
 from data.meshes import sample_surface
-from data.prepared import in_parallel, is_fresh, prepared_folder, save_npz, sources_of
+from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder, save_npz,
+                           sources_of)
 from run import (InputError, Run, Setup, best_of, main_guard, parameter_groups, recipe_parser,
                  seed_of, shared_flags, shared_settings, whole, with_flags, world_size)
 
@@ -140,11 +142,8 @@ def own_object(source, up, pictures, points, size):
         raise InputError(f"{source.where()}: is a cloud, and pictures are drawn of meshes; give "
                          "meshes to pre-train on")
     rng = np.random.default_rng(seed_of(*source.name.encode()))
-    try:
+    with reading(source.where(), "repair the file or move it out of the data"):
         xyz = sample_surface(vertices, faces, points, rng)
-    except ValueError as error:
-        raise InputError(f"{source.where()}: {error}; repair the file or move it out of the "
-                         "data") from None
     views = views_of_pictures(pictures, rng)
     drawn = draw_object(y_up(vertices, up), faces, views, size, rng)
     return y_up(xyz, up), xyz[:0], views, drawn
@@ -160,13 +159,13 @@ def published_model(model, points, size):
 def load_pairs(cfg, clip, setup):
     """-> Pairs, [Test], names of the classes, what was read. Kept, with the pictures' features."""
     recipe, name, here = Recipe(**cfg["recipe"]), cfg["data"], Path(__file__).parent
-    points, size = recipe.points, clip.size
+    points, size, seed = recipe.points, clip.size, 0
     if name == "synthetic":
         from data.synthetic_objects import ALL_CLASSES as classes
         files, place = [here / "render.py", here / "data/synthetic_objects.py"], here / "data"
-        label = np.arange(len(classes)).repeat(recipe.objects)
-        seed, work = seed_of(cfg["seed"], 101), built_in_object
-        jobs = [(seed, k, i, recipe.pictures, 2 * points, size)
+        label = [k for k in range(len(classes)) for _ in range(recipe.objects)]
+        seed, work = cfg["seed"], built_in_object
+        jobs = [(seed_of(seed, 101), k, i, recipe.pictures, 2 * points, size)
                 for k in range(len(classes)) for i in range(recipe.objects)]
         tests = built_in_tests(points, classes)
         form = "procedural objects of data/synthetic_objects.py"
@@ -175,7 +174,7 @@ def load_pairs(cfg, clip, setup):
         models, to_test, form = shapenet.find(cfg["root"])
         files = [path for model in models for path in (model.path, *model.pictures)]
         place, classes = Path(cfg["root"] or "data/ShapeNet55"), shapenet.CLASSES
-        label, work = np.array([model.label for model in models]), published_model
+        label, work = [model.label for model in models], published_model
         jobs = [(model, points, size) for model in models]
         xyz = np.stack([shapenet.read_cloud(m.path, points)[:points] for m in to_test])
         tests = [Test("ShapeNet55 test clouds", objects.unit_sphere(torch.from_numpy(xyz)),
@@ -185,33 +184,30 @@ def load_pairs(cfg, clip, setup):
         place, classes, form = found.place, found.classes, found.form
         sources = [source for source in found.objects if source.part != 1]
         files, work = [source.path for source in sources], own_object
-        label = np.array([source.label for source in sources])
+        label = [source.label for source in sources]
         jobs = [(source, cfg["up"], recipe.pictures, 2 * points, size) for source in sources]
         tests = [load_test("folder", cfg, points)[0]] if len(jobs) < len(found.objects) else []
     code = [here / "train_clip2point.py", here / "clip2point.py"]
-    seed = cfg["seed"] if name == "synthetic" else 0
     sources = sources_of([*code, *files], *jobs[0][2:], len(jobs), cfg["up"], seed)
     path = prepared_folder(place, "pairs") / f"{name}-{len(jobs)}-{seed}-{clip.sha256[:12]}.npz"
     if not is_fresh(path, sources):
         made = in_parallel(work, jobs, cfg["workers"], "object", least=100, chunk=8)
         save_npz(path, sources, **prepare_pairs(made, clip, setup))
-    with np.load(path, allow_pickle=False) as kept:
-        arrays = [torch.from_numpy(kept[key]) for key in Pairs._fields[:-1]]
-    return Pairs(*arrays, torch.from_numpy(label)), tests, classes, form
+    arrays = map(torch.from_numpy, load_prepared(path).values())        # in the order of Pairs
+    return Pairs(*arrays, torch.tensor(label)), tests, classes, form
 
 
 @torch.no_grad()
 def prepare_pairs(made, clip, setup):
     """The objects one by one -> arrays of Pairs. A picture passes the frozen tower once, here: it
     does not change, so the release's pass in every step finds the same."""
-    parts = {key: [] for key in Pairs._fields[:-1]}
+    rows = []
     for xyz, scan, views, pictures in made:
         x = torch.from_numpy(pictures).to(setup.device).permute(0, 3, 1, 2).float() / 255
         with setup.autocast():
             image = clip.visual(clip.prepared(x)).float().cpu().numpy()
-        for key, value in zip(parts, (xyz, scan, views.astype(np.float32), image)):
-            parts[key].append(value)
-    return {key: np.stack(values) for key, values in parts.items()}
+        rows.append((xyz, scan, views.astype(np.float32), image))
+    return dict(zip(Pairs._fields, map(np.stack, zip(*rows))))          # all but the label
 
 
 def built_in_tests(points, classes):
@@ -280,28 +276,6 @@ class DepthTowers(nn.Module):
         return self.towers[name](x)
 
 
-def tower_of(clip, saved, official):
-    """The depth tower: of a run, of the authors' release, of this repository for --clip nano; else
-    the image tower as it is, the baseline."""
-    if saved:
-        model = DepthTowers(clip.visual, [name.split(".")[1] for name in saved["model"]
-                                          if name.startswith("balance.")])
-        load_weights(model, saved["model"])
-        return model.towers["depth"].eval()
-    tower = copy.deepcopy(clip.visual)
-    if official:                            # OpenAI's names, as open_clip's
-        state, _ = common.read_weights(official, "--init-official")
-        state = {name.removeprefix("point_model."): w for name, w in state.items()
-                 if name.startswith("point_model.")}
-        load_weights(tower, state, where=f"--init-official {official}: its weights point_model.*",
-                     what=f"the image tower of {clip.model}")
-    elif clip.name == "nano":
-        nanoclip.load_depth(tower, clip.sha256)
-    else:
-        return clip.visual
-    return tower
-
-
 # ---- Metric --------------------------------------------------------------------------------------
 def evaluate(tower, tests, clip, text, cfg, setup):
     """Cosines with the classes, summed over the views: (S, C) of each test."""
@@ -345,20 +319,19 @@ def train(model, data, tests, clip, text, run):
     wrapped, optimizer = setup.wrap(model, cfg["compile"]), optimizer_of(model, recipe)
     if setup.fits(data.xyz.nbytes + data.scan.nbytes, share=2):
         data = Pairs(*(x.to(setup.device) for x in data))
-    place = data.xyz.device
-    others = torch.arange(len(data.label), device=place).roll(len(data.label) // 2)
     steps = len(data.label) // recipe.batch_size        # the last, partial batch is dropped
     if not steps:
         raise InputError(f"--batch-size {recipe.batch_size}: there are {len(data.label)} objects")
     head = "epoch    cross   intra       w" + "".join(f"  {test.name} %" for test in tests)
 
     for epoch in run.epochs(model, optimizer, head):
-        order = torch.randperm(len(data.label), generator=run.draw, device=setup.device).to(place)
+        order = torch.randperm(len(data.label), generator=run.draw, device=setup.device)
+        order = order.to(data.xyz.device)
         for step in run.steps(steps, LOWEST):
             if recipe.restart:
                 set_rate(optimizer, recipe, epoch + step / steps)
             rows = order[step * recipe.batch_size:][:recipe.batch_size]
-            run.sums += train_step(wrapped, optimizer, data, rows, clip, run, others)
+            run.sums += train_step(wrapped, optimizer, data, rows, clip, run)
         cross, intra, n = run.totals("cross", "intra")
         found = evaluate(model.towers["depth"], tests, clip, text, cfg, setup)
         shares = [accuracy(scores, test.label) for scores, test in zip(found, tests)]
@@ -396,11 +369,10 @@ def sample_clouds(data, rows, recipe, draw):
     return objects.unit_sphere(common.gather(xyz, order[:, :recipe.points]))
 
 
-def train_step(model, optimizer, data, rows, clip, run, others):
-    """One step on the objects `rows` (B,) -> sums (3,): cross, intra, objects.
+def train_step(model, optimizer, data, rows, clip, run):
+    """One step on the objects `rows` (B,), where the data is -> sums (3,): cross, intra, objects.
 
-    One picture of each, and two depth maps from its side, at two distances in 0.9 .. 1.1. rows and
-    others, whose pictures the control takes instead, are where the data is.
+    One picture of each, and two depth maps from its side, at two distances in 0.9 .. 1.1.
     """
     cfg, setup, draw = run.cfg, run.setup, run.draw
     recipe = Recipe(**cfg["recipe"])
@@ -411,8 +383,10 @@ def train_step(model, optimizer, data, rows, clip, run, others):
     views = data.views[rows, side].to(device)[:, None].expand(-1, 2, -1)
     views = torch.cat([distance, views], 2)                             # (B, 2, 3)
     maps = depth_maps(points, views, clip.size, clip.radius, cfg["average"])
-    x = clip.prepared(maps.flatten(0, 1))                               # (2 B, 3, size, size)
-    image, other = (data.image[i, side].to(device) for i in (rows, others[rows]))       # (B, E)
+    x = clip.prepared(maps.flatten(0, 1)).unflatten(0, (B, 2))          # (B, 2, 3, size, size)
+    S = len(data.image)
+    others = (rows - S // 2) % S            # whose pictures the control takes instead
+    image, other = (data.image[i, side].to(device) for i in (rows, others))     # (B, E)
     optimizer.zero_grad(set_to_none=True)
     for name in model.towers:
         kept = slice(None)
@@ -422,8 +396,8 @@ def train_step(model, optimizer, data, rows, clip, run, others):
             if not kept.any():
                 continue
         with setup.autocast():
-            depth = model(name, x.view(B, 2, *x.shape[1:])[kept].flatten(0, 1))
-        depth = depth.float().view(-1, 2, depth.shape[1])               # (B, 2, E)
+            depth = model(name, x[kept].flatten(0, 1))
+        depth = depth.float().unflatten(0, (-1, 2))                     # (B, 2, E)
         target = (other if name == "mispaired" else image)[kept]
         loss, cross, intra = pair_loss(depth, target, model.balance[name], recipe, cfg["loss"])
         loss.backward()
@@ -518,7 +492,7 @@ def main(argv=None):
     if not args.eval:
         with run.stopper:
             train(model, data, tests, clip, text, run)
-        if clip.model == "nano":
+        if clip.is_nano:
             nanoclip.save_depth(run.folder / "nanodepth.safetensors", model.towers["depth"],
                                 clip.sha256)
     metrics = {}
@@ -529,10 +503,10 @@ def main(argv=None):
                   f"{len(classes)} classes, before {percent(metrics['before'])}; epoch "
                   f"{at['epoch']} ({best_of(at)}); {cfg['data']}, {clip.name}, "
                   f"{at['seconds']:.0f} s")
-    if not args.eval and tests:
-        render.save(run.folder / "look.png",
-                    picture(model.towers["depth"], tests[-1], clip, text, cfg, setup))
-        run.print(f"look     {run.folder}/look.png")
+        if not args.eval:
+            render.save(run.folder / "look.png",
+                        picture(model.towers["depth"], tests[-1], clip, text, cfg, setup))
+            run.print(f"look     {run.folder}/look.png")
     if not args.eval:
         run.results(metrics, "accuracy", sizes, form)
 
@@ -656,22 +630,13 @@ def worst_classes(run, scores, label, most=8):
     run.print("worst    " + ", ".join(line for _, line in sorted(lines)[:most]))
 
 
-def drawn(xyz, clip, cfg, most=None):
-    """The depth maps that a tower looks at: clouds (S, N, 3) -> (S, V, H, W, 3) uint8."""
-    views = F.pad(torch.tensor(VIEWS[views_for(clip, cfg)]).float(), (1, 0), value=1)[:most]
-    maps = depth_maps(xyz, views, clip.size, clip.radius, cfg["average"])
-    times = max(1, 128 // clip.size)
-    maps = (255 * maps).byte().repeat_interleave(times, 2).repeat_interleave(times, 3)
-    return maps[..., None].expand(*maps.shape, 3).numpy()
-
-
 def picture(tower, test, clip, text, cfg, setup, most=12):
     """look.png: clouds of a test set, up to three depth maps of each, and how they are named."""
     rows = torch.linspace(0, len(test.label) - 1, min(most, len(test.label))).round().long()
-    features, = features_of([tower], clip, test.xyz[rows], cfg, setup)
-    named, cells = zero_shot(features, text).argmax(1).tolist(), []
-    label, pictures = test.label[rows].tolist(), drawn(test.xyz[rows], clip, cfg, 3)
-    for maps, k, found in zip(pictures, label, named):
+    some = Test(test.name, test.xyz[rows], test.label[rows])
+    scores, = evaluate(tower, [some], clip, text, cfg, setup)
+    pictures, cells = pictures_of(clip, some.xyz, cfg)[:, :3], []
+    for maps, k, found in zip(pictures, some.label.tolist(), scores.argmax(1).tolist()):
         captions = cfg["classes"][k], f"named {cfg['classes'][found]}", ""
         cells += [render.Cell(x, caption, None if k == found else render.RED)
                   for x, caption in zip(maps, captions)]
@@ -685,37 +650,34 @@ CLEARLY = 0.08
 
 def predict(args, out, clip, tower, cfg, setup):
     """Name anybody's meshes or clouds among anybody's words, and draw what was looked at."""
-    names = words_of(args.classes)
-    text, points, up = text_features(clip, names), cfg["recipe"]["points"], args.up or "z"
-    other, cells = {"z": "y", "y": "z"}[up], []
+    names, points, cells = words_of(args.classes), cfg["recipe"]["points"], []
+    text, (up, other) = text_features(clip, names), "yz" if args.up == "y" else "zy"
     for file in args.predict:
         xyz = torch.from_numpy(objects.read_one(file, 2 * points, points))
         xyz = objects.unit_sphere(farthest(xyz[None], points))          # (1, N, 3)
-        mean = {axis: zero_shot(f, text)[0] / f.shape[1] for axis in (up, other) for f in
-                features_of([tower], clip, y_up(xyz, axis), cfg, setup)}        # cosines (C,)
-        best, order = mean[up].topk(min(5, len(names)))
-        share = (clip.scale * mean[up]).softmax(0)[order]
-        words = [f"{names[i]} {100 * p:.0f} % ({cosine:.2f})" for i, p, cosine in zip(
-            order.tolist(), share.tolist(), best.tolist())]
+        seen = (features_of([tower], clip, y_up(xyz, axis), cfg, setup)[0] for axis in (up, other))
+        mean, turned = (zero_shot(f, text)[0] / f.shape[1] for f in seen)       # cosines (C,)
+        share = (clip.scale * mean).softmax(0).tolist()
+        words = [f"{names[i]} {100 * share[i]:.0f} % ({mean[i]:.2f})"
+                 for i in mean.topk(min(5, len(names))).indices.tolist()]
         print(f"{file}:", *(f"  {word}" for word in words))
-        if mean[other].max() > best[0] + CLEARLY:
-            print(f"{file}: with --up {other} it would be {names[mean[other].argmax()]} "
-                  f"({mean[other].max():.2f}); does {other} point up in it?")
-        maps = drawn(y_up(xyz, up), clip, cfg)[0]
+        if turned.max() > mean.max() + CLEARLY:
+            print(f"{file}: with --up {other} it would be {names[turned.argmax()]} "
+                  f"({turned.max():.2f}); does {other} point up in it?")
+        maps, = pictures_of(clip, y_up(xyz, up), cfg)                   # (V, H, W, 3)
         lines, V = [Path(file).name, *words], len(maps)
         cells += [render.Cell(x, "\n".join(lines[i::V])) for i, x in enumerate(maps)]
-    look = out / "look.png"
     what = BEFORE if tower is clip.visual else AFTER
     title = f"what {clip.name}, {what}, looked at, {up} up: share (mean cosine)"
-    render.save(look, render.sheet(cells[:40 * V], V, title))           # of the first 40 files
-    print(f"look: {look}")
+    render.save(out / "look.png", render.sheet(cells[:40 * V], V, title))       # of 40 files
+    print(f"look: {out / 'look.png'}")
 
 
 def name_boxes(args, out, clip, tower, cfg, setup):
     """--detections: give the boxes that train_det.py exported, with their clouds, anybody's words.
 
-    Each box is cut out, drawn and named. With --root, where NAME.json is of the true boxes, prints
-    mAP@0.25. Writes NAME.json, scores multiplied by the share of the name.
+    Each box is cut out, drawn and named. Writes NAME.json, scores multiplied by the share of the
+    name. With --root, where NAME.json is of the true boxes, prints mAP@0.25.
     """
     names, folder = words_of(args.classes), Path(args.detections)
     folder = folder / "predicted" if (folder / "predicted").is_dir() else folder
@@ -723,36 +685,36 @@ def name_boxes(args, out, clip, tower, cfg, setup):
     if not files:
         raise InputError(f"--detections {folder}: no NAME.json with NAME.ply, as train_det.py "
                          "--export or --predict writes them")
-    text, points, found, true = text_features(clip, names), cfg["recipe"]["points"], [], {}
+    text, found, true = text_features(clip, names), [], {}
     if out.resolve() == folder.resolve():
         raise InputError(f"--out {out}: the boxes lie there and would be written over; give "
                          "another folder")
     out.mkdir(parents=True, exist_ok=True)
     for path in files:
         _, boxes = read_boxes(path)                                     # (k, 6)
-        listed = read_json(path)
+        listed, kinds = read_json(path), []
         with reading(path.with_suffix(".ply"), "export it again"):
             vertices, polygons = read_ply(path.with_suffix(".ply").read_bytes())
             xyz = columns(vertices, "x", "y", "z", kind=np.float64)
         xyz = np.delete(xyz, [] if polygons is None else np.unique(polygons), 0)    # edges of boxes
-        empty = 0
         for entry, box in zip(listed, boxes):
-            inside = xyz[(np.abs(xyz - box[:3]) <= box[3:] / 2).all(1)]
+            inside = xyz[(np.abs(xyz - box[:3]) <= box[3:] / 2).all(1)].astype(np.float32)
             if len(inside) < 16:
-                empty += 1
                 continue
-            cloud = torch.from_numpy(inside.astype(np.float32))[None]
-            cloud = objects.unit_sphere(farthest(cloud, min(points, len(inside))))
-            f, = features_of([tower], clip, y_up(cloud, args.up or "z"), cfg, setup)
+            cloud = farthest(torch.from_numpy(inside)[None],
+                             min(cfg["recipe"]["points"], len(inside)))
+            cloud = y_up(objects.unit_sphere(cloud), args.up or "z")    # (1, N, 3)
+            f, = features_of([tower], clip, cloud, cfg, setup)
             share = (clip.scale * zero_shot(f, text)[0] / f.shape[1]).softmax(0)
             entry["class"] = names[share.argmax()]
             entry["score"] = float(share.max()) * entry.get("score", 1.0)
+            kinds.append(entry["class"])
             found.append((path.stem, box, entry["score"], entry["class"]))
         (out / path.name).write_text(json.dumps(listed, indent=1), encoding="utf-8")
-        kinds = [kind for scene, _, _, kind in found if scene == path.stem]
-        print(f"{path.stem}: " + (", ".join(f"{kinds.count(n)} {n}" for n in names if n in kinds)
-                                  or "no box") + f"; {empty} of fewer than 16 points left out"
-              * bool(empty))
+        counts = ", ".join(f"{kinds.count(name)} {name}" for name in names if name in kinds)
+        empty = len(listed) - len(kinds)
+        print(f"{path.stem}: {counts or 'no box'}"
+              + f"; {empty} of fewer than 16 points left out" * bool(empty))
         if args.root:
             places = [Path(args.root) / part / path.name for part in ("", "val", "test")]
             truth = next((place for place in places if place.is_file()), None)
@@ -761,22 +723,26 @@ def name_boxes(args, out, clip, tower, cfg, setup):
                                  f"test/{path.name} with the true boxes; leave --root out")
             true[path.stem] = read_boxes(truth)
     if args.root:
-        aps = []
-        for name in names:
-            mine = {scene: boxes[[kind.replace("_", " ") == name.replace("_", " ")
-                                  for kind in kinds]] for scene, (kinds, boxes) in true.items()}
-            if sum(map(len, mine.values())):
-                aps.append(average_precision([f[:3] for f in found if f[3] == name], mine))
-                print(f"{name:16s}{sum(map(len, mine.values())):6d} boxes, AP@0.25 "
-                      f"{100 * aps[-1]:5.1f}")
-            else:
-                print(f"{name:16s}     no true box; not in the mean")
-        if not aps:
-            raise InputError(f"--root {args.root}: has no true box of any of --classes "
-                             f"{', '.join(names)}")
-        print(f"result   mAP@0.25 {percent(sum(aps) / len(aps))} over {len(aps)} classes that "
-              f"occur; {clip.name}")
+        print_precision(found, true, names, args.root, clip.name)
     print(f"boxes: {out}")
+
+
+def print_precision(found, true, names, root, clip):
+    """found: (scene, box, score, name) of each detection; true: {scene: (names, boxes)}."""
+    aps = []
+    for name in names:
+        mine = {scene: boxes[[kind.replace("_", " ") == name.replace("_", " ") for kind in kinds]]
+                for scene, (kinds, boxes) in true.items()}
+        count = sum(map(len, mine.values()))
+        if count:
+            aps.append(average_precision([f[:3] for f in found if f[3] == name], mine))
+            print(f"{name:16s}{count:6d} boxes, AP@0.25 {100 * aps[-1]:5.1f}")
+        else:
+            print(f"{name:16s}     no true box; not in the mean")
+    if not aps:
+        raise InputError(f"--root {root}: has no true box of any of --classes {', '.join(names)}")
+    print(f"result   mAP@0.25 {percent(sum(aps) / len(aps))} over {len(aps)} classes that occur; "
+          f"{clip}")
 
 
 def words_of(classes):
