@@ -11,6 +11,7 @@ z-buffer drew. Its accuracy is that of naming held-out renders by a prompt. That
 captions name the same classes. The first command wrote data/nanoclip.safetensors, which --clip nano
 takes.
 """
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder
 from data.synthetic_objects import ALL_CLASSES, STRETCH, make_object
 from kernels import splat
 from run import (InputError, Run, Setup, main_guard, recipe_parser, seed_of, shared_flags,
-                 shared_settings, with_flags, world_size)
+                 shared_settings, with_flags)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -363,7 +364,7 @@ def train_step(model, tokenize, optimizer, light, about, rows, rng, run):
 def main(argv=None):
     args = flags(argv)
     cfg, saved, folder = settings(args)
-    if world_size() > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("train_clip.py: a batch is contrasted as a whole; run it without torchrun")
     setup = Setup(args.device, cfg["precision"])
     recipe = Recipe(**cfg["recipe"])

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,7 @@ from data.meshes import sample_surface
 from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder, save_npz,
                            sources_of)
 from run import (InputError, Run, Setup, best_of, main_guard, parameter_groups, recipe_parser,
-                 seed_of, shared_flags, shared_settings, whole, with_flags, world_size)
+                 seed_of, shared_flags, shared_settings, whole, with_flags)
 
 # ---- Recipe --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
@@ -452,7 +453,7 @@ def draw_shots(xyz, label, shots, seed):
 def main(argv=None):
     args = flags(argv)
     cfg, saved, folder = settings(args)
-    if world_size() > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("train_clip2point.py: a batch is contrasted as a whole; run it without "
                          "torchrun")
     setup = Setup(args.device, cfg["precision"])
@@ -730,8 +731,9 @@ def name_boxes(args, out, clip, tower, cfg, setup):
 def print_precision(found, true, names, root, clip):
     """found: (scene, box, score, name) of each detection; true: {scene: (names, boxes)}."""
     aps = []
+    plain = lambda name: name.replace("_", " ").lower()     # noqa: E731  night_stand, Night stand
     for name in names:
-        mine = {scene: boxes[[kind.replace("_", " ") == name.replace("_", " ") for kind in kinds]]
+        mine = {scene: boxes[[plain(kind) == plain(name) for kind in kinds]]
                 for scene, (kinds, boxes) in true.items()}
         count = sum(map(len, mine.values()))
         if count:
@@ -749,6 +751,8 @@ def words_of(classes):
     names = [name.strip() for name in classes.split(",")]
     if "" in names:
         raise InputError(f'--classes "{classes}": has an empty word; write "chair, table"')
+    if len(set(names)) < len(names):
+        raise InputError(f'--classes "{classes}": has a word twice; leave one out')
     return names
 
 
@@ -800,6 +804,8 @@ def settings(args):
              '"chair, table"'),
             (args.shots is not None and not args.zero_shot, "--shots needs clouds with labels: add "
              "--zero-shot modelnet40 --root DIR"),
+            (args.zero_shot and args.out, "--zero-shot prints and writes nothing; leave --out out"),
+            (args.predict and args.root, "--predict takes files; leave --root out"),
             (args.official and (not looks or args.eval), "--init-official gives the depth tower of "
              "--zero-shot, --predict or --detections")):
         if wrong:
@@ -814,7 +820,8 @@ def settings(args):
         return {**cfg, **{name: value for name, value in own.items() if value}}, saved, folder
     if args.objects and args.data not in (None, "synthetic"):
         raise InputError(f"--objects is of the built-in data; leave it out with --data {args.data}")
-    recipe = with_flags(RECIPES[args.data or "synthetic"], args)
+    small = not looks or (args.clip or "nano").startswith("nano")      # the sizes of our own recipe
+    recipe = with_flags(RECIPES[args.data or ("synthetic" if small else "shapenet")], args)
     if not 0 < recipe.temperature < math.inf:
         raise InputError(f"--temperature {recipe.temperature} must be above 0, and a number")
     cfg = shared_settings(args, recipe)

@@ -557,6 +557,9 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
     (["--classes", "chair"], "--predict and --detections need words"),
     (["--detections", "none", "--classes", "chair"], "none: no NAME.json with NAME.ply"),
     (["--predict", "a.obj", "--classes", "chair,"], "has an empty word; write"),
+    (["--predict", "a.obj", "--classes", "chair, chair"], "has a word twice"),
+    (["--predict", "a.obj", "--classes", "chair", "--root", "x"], "takes files; leave --root out"),
+    (["--zero-shot", "folder", "--out", "x"], "prints and writes nothing; leave --out out"),
     (["--shots", "4"], "--shots needs clouds with labels: add --zero-shot"),
     (["--zero-shot", "folder", "--predict", "a.obj", "--classes", "chair"], "give one of them"),
     (["--zero-shot", "folder", "--data", "folder"], "pre-train nothing"),
@@ -570,6 +573,16 @@ def test_what_cannot_be_done_is_one_line(small, words, said):
     with pytest.raises(InputError, match=said) as caught:
         c2p.main([*words, *small])
     assert "\n" not in str(caught.value)
+
+
+def test_torchrun_is_refused_and_the_adapter_trains_as_released_but_with_nano(monkeypatch):
+    words = ["--zero-shot", "modelnet40", "--shots", "4"]
+    epochs = [c2p.settings(c2p.flags([*words, *more]))[0]["recipe"]["adapter"]
+              for more in ([], ["--clip", "openai"])]
+    assert epochs[0] < epochs[1] == 100
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="run it without torchrun"):
+        c2p.main(words)
 
 
 def test_the_controls_change_what_they_say(nano):
