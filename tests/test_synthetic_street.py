@@ -42,7 +42,7 @@ def test_a_body_behind_the_sensor_is_not_seen_and_one_around_it_neither():
 
 def test_no_ray_that_meets_a_body_is_left_out():
     rng = np.random.default_rng(0)
-    d = street.rays(rng)
+    d = street.rays(rng, street.BEAMS, street.COLUMNS)
     for _ in range(20):
         center = rng.uniform((-20, -20, -1), (20, 20, 1)).astype(np.float32)
         half = rng.uniform(.1, 4, 3).astype(np.float32)
