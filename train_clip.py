@@ -292,7 +292,7 @@ def depth_pictures(xyz, size, up, radius=0.09):
 def name_clouds(model, tokenize, cfg, setup, points=1024):
     """Name the test objects of a data set by prompt, from pictures of depth. -> the line."""
     path = objects.prepare(cfg["real"], cfg["root"], points, cfg["workers"])
-    _, (xyz, label), classes, form = objects.load(path, points, fraction=0.2, flag=None)
+    _, (xyz, label), classes, form = objects.load(path, points, fraction=0.2, flag=False)
     number = np.array([ALL_CLASSES.index(name.lower()) if name.lower() in ALL_CLASSES else -1
                        for name in classes])
     rows = np.flatnonzero(number[label] >= 0)

@@ -231,7 +231,7 @@ def scanned(n, seed, points, classes):
 def load_test(name, cfg, points):
     """-> the Test of a data set, (xyz, label) of its training clouds, classes, what was read."""
     path = objects.prepare(name, cfg["root"], 2 * points, cfg["workers"])
-    *parts, classes, form = objects.load(path, points, 0.2, flag=None)
+    *parts, classes, form = objects.load(path, points, 0.2, flag=False)
     up = cfg["up"] or objects.up_of(form)
     train, test = ((y_up(farthest(objects.unit_sphere(torch.from_numpy(xyz)), points), up),
                     torch.from_numpy(label)) for xyz, label in parts)
@@ -731,7 +731,9 @@ def name_boxes(args, out, clip, tower, cfg, setup):
 def print_precision(found, true, names, root, clip):
     """found: (scene, box, score, name) of each detection; true: {scene: (names, boxes)}."""
     aps = []
-    plain = lambda name: name.replace("_", " ").lower()     # noqa: E731  night_stand, Night stand
+    def plain(name):                        # night_stand, Night stand
+        return name.replace("_", " ").lower()
+
     for name in names:
         mine = {scene: boxes[[plain(kind) == plain(name) for kind in kinds]]
                 for scene, (kinds, boxes) in true.items()}

@@ -351,10 +351,10 @@ def prepare(name, root, stored, workers=1):
         else:
             table = read_whole(found) if found.read else sample_all(found, stored, workers)
             check(table, found)
-            if name != "folder":
-                check_classes(table, found)
             save_npz(path, sources, **table, classes=found.classes, form=found.form)
     barrier()
+    if name != "folder":
+        check_classes(load_prepared(path, ["label", "part"]), found)
     return path
 
 
@@ -434,11 +434,12 @@ def check_classes(table, found):
 
 # ---- The prepared file -> what scripts train and test on -----------------------------------------
 
-def load(path, points, fraction, split=None, flag="--points"):
+def load(path, points, fraction, split=None, flag=True):
     """-> train (xyz (n, P, 3), label (n,)), test, names of the classes, what was read.
 
-    Every object must have `points` points of its own. fraction: of each class, where the data has
-    no split. split: what `split_of` said when a run began; later objects are left out and named.
+    Every object must have `points` points of its own (flag: see `check_points`). fraction: of each
+    class, where the data has no split. split: what `split_of` said when a run began; later objects
+    are left out and named.
     """
     table = load_prepared(path)
     form = str(table["form"])
@@ -479,19 +480,21 @@ def rows_of_split(table, split):
     return np.array([part_of.get(name, -1) for name in names]), form
 
 
-def check_points(table, points, flag="--points"):
+def check_points(table, points, flag=True):
     """Every object has at least `points` points of its own, or an InputError names the first.
 
-    flag: what sets `points`, if anything does."""
+    flag: whether the script has a flag --points.
+    """
     short = np.flatnonzero(table["count"] < points)
     if len(short) == 0:
         return
     where, count = table["where"][short[0]], int(table["count"][short[0]])
-    cures = [f"pass {flag} {count}"] * bool(flag) + ["move the file out of the data"] * bool(where)
-    has = "has" if where else "clouds have"
-    raise InputError(f"{where or table['form']}: {has} {count:,} points, fewer than "
-                     f"{flag or 'the'} {points}{'' if flag else ' needed'}; "
-                     f"{' or '.join(cures) or 'fetch clouds of more points'}")
+    has = f"{where}: has" if where else f"{table['form']}: clouds have"
+    if not flag:
+        raise InputError(f"{has} {count:,} points, and {points:,} are needed; take it out of the "
+                         "data, or give clouds of more points")
+    raise InputError(f"{has} {count:,} points, fewer than --points {points}; pass --points {count}"
+                     + " or move the file out of the data" * bool(where))
 
 
 def test_rows(table, fraction):

@@ -118,6 +118,12 @@ def mistakes(root):
     }
 
 
+def test_a_script_without_a_flag_for_points_advises_none(small):
+    np.save(small / "train" / "a" / "0.npy", CLOUD[:9])
+    with pytest.raises(InputError, match="0.npy: has 9 points, and 16 are needed; take it out"):
+        objects.check_points(table_of("folder", small, 32), 16, flag=False)
+
+
 @pytest.mark.parametrize("case", mistakes(Path(".")))
 def test_a_broken_folder_is_explained(small, case):
     damage, words = mistakes(small)[case]
@@ -338,9 +344,10 @@ def clouds():
 
 def test_a_modelnet_without_some_classes_is_not_called_modelnet(tmp_path, clouds):
     lay_out(tmp_path, "off", clouds)
-    with pytest.raises(InputError, match="ModelNet40: no training objects of bathtub, bed, bench "
-                                         "and 34 more classes; fetch the data again, or pass"):
-        prepare("modelnet40", tmp_path, 64)
+    for _ in range(2):                      # what was prepared before is refused, too
+        with pytest.raises(InputError, match="ModelNet40: no training objects of bathtub, bed, "
+                                             "bench and 34 more classes; fetch the data again, or"):
+            prepare("modelnet40", tmp_path, 64)
 
 
 @pytest.fixture
