@@ -74,6 +74,9 @@ def recipe_parser(doc, recipes):
         description=doc.split("\n")[0], epilog="recipes, the defaults of each --data:\n" + table,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=recipes, help="data set (default: synthetic, built in)")
+    if "every" in fields:
+        parser.add_argument("--every", type=whole(1), metavar="N",
+                            help="epochs from one evaluation to the next")
     return parser
 
 

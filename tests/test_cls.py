@@ -156,6 +156,19 @@ def lines(folder):
             for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_tests_as_often_as_asked(folder, tiny_clip, finished, tmp_path, capsys):
+    run = tmp_path / "seldom"
+    train_cls.main([*arguments(folder, tiny_clip, run), "--every", "2"])
+    table = capsys.readouterr().out
+    seldom, always = lines(run), lines(finished)
+    assert ["accuracy" in line for line in seldom] == [False, True, True]   # and after the last
+    for few, all_of_it in zip(seldom, always, strict=True):                 # the training is the same
+        assert few == {name: all_of_it[name] for name in few}
+    rows = [line for line in table.splitlines() if line[:5].strip().isdigit()]
+    rates = [f"{line['lr']:.2e}" for line in always]
+    assert [row.index(rate) for row, rate in zip(rows, rates)] == [rows[0].index(rates[0])] * 3
+
+
 def test_a_run_learns_and_leaves_every_file(finished):
     assert {p.name for p in finished.iterdir()} == {
         "config.json", "metrics.jsonl", "log.txt", "train_cls.py", "last.pt", "best.pt",
