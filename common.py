@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoint import load_weights
 from kernels import farthest_point_sample, group, knn, use_triton
-from run import InputError, all_reduce, rank, world_size
+from run import InputError, all_reduce, check_weights, rank, weights_of, world_size
 
 # ---- 1. Point tokenizer --------------------------------------------------------------------------
 def gather(values, idx):
@@ -303,7 +303,7 @@ def from_open_clip(name, seed, used=None):
         model_name, path = name.split("=", 1)
         if path != "random":
             state, _ = read_weights(path)
-    elif Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+    elif weights_of(name):
         state, archive = read_weights(name)
         if "visual.conv1.0.weight" in state:
             raise InputError(f"--clip {name}: what train_clip.py wrote is read as --clip "
@@ -410,9 +410,7 @@ def read_weights(path, flag="--clip"):
     No pickle is trusted: .safetensors, torch.load(weights_only=True), or TorchScript. Weights may
     lie in one of BOXES, beside what else a training saved.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{flag}: no such file: {path}; if it was moved, {flag} names its new "
-                         "place, with --eval and --resume, too")
+    check_weights(path, flag)
     archive = False
     try:
         if str(path).endswith(".safetensors"):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from checkpoint import load_weights, misfit
-from run import InputError
+from run import InputError, check_weights
 
 FILE = Path(__file__).parent / "data" / "nanoclip.safetensors"
 SHA256 = "5b83a1b0b5eef39ed2d8a8483a4e1dc7d56624f6933943c59ce4c8c25f33b754"   # of FILE
@@ -107,8 +107,7 @@ def load(path=None, seed=None):
         if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
             raise InputError(f"--clip nano: {path} is not the file of this repository; restore it, "
                              f"or pass --clip nano={path} if you made it")
-    if not Path(path).is_file():
-        raise InputError(f"--clip nano={path}: no such file")
+    check_weights(path, "--clip")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["nanoclip"])

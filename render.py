@@ -253,9 +253,10 @@ def sheet(cells, columns, title="", legend=()):
     font = ImageFont.load_default(TEXT)
     H, W, _ = cells[0].picture.shape
     lines = max(cell.caption.count("\n") + 1 if cell.caption else 0 for cell in cells)
-    line, titles = TEXT + 4, title.splitlines()
+    line = TEXT + 4
     step = H + lines * line + 2 * GAP, W + 2 * GAP                      # rows, columns
     width, rows = columns * step[1], -(-len(cells) // columns)
+    titles = [part for text in title.splitlines() for part in wrapped(text, font, width - 2 * GAP)]
     at, places = [GAP, 0], []               # of the legend's entries
     for name, colour in legend:
         needs = TEXT + GAP + int(font.getlength(name)) + 3 * GAP
@@ -281,6 +282,18 @@ def sheet(cells, columns, title="", legend=()):
         draw.rectangle([x, y + 2, x + TEXT - 2, y + TEXT], fill=tuple(map(int, colour)))
         draw.text((x + TEXT + GAP, y), name, "black", font)
     return np.asarray(image)
+
+
+def wrapped(text, font, width):
+    """The text in lines that fit, broken between words."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def shortened(text, font, width):

@@ -57,6 +57,7 @@ class InputError(Exception):
 
 
 # ---- 1. Flags and settings -----------------------------------------------------------------------
+WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")       # of a --clip that is a file and no name
 ABLATIONS = ("no_task_token", "unfreeze", "deep_prompt", "no_transformer")
 
 
@@ -140,6 +141,7 @@ def shared_settings(args, recipe, synthetic_clip="nano"):
     if args.out and (Path(args.out) / "last.pt").exists():
         raise InputError(f"--out {args.out}: holds a run; --resume {args.out} goes on with it, or "
                          "give another folder")
+    check_places(args)
     if args.deep_prompt and args.no_task_token:
         raise InputError("--deep-prompt and --no-task-token exclude each other; give one of them")
     if args.no_transformer and (args.no_task_token or args.unfreeze or args.deep_prompt):
@@ -150,6 +152,35 @@ def shared_settings(args, recipe, synthetic_clip="nano"):
             "precision": args.precision or "auto", "compile": args.compile,
             "accumulate": args.accumulate or 1, "workers": args.workers or os.cpu_count(),
             **{name: getattr(args, name) for name in ABLATIONS}}
+
+
+def check_places(args):
+    """What can be said before the data are read, which may take minutes: of weights, of --out."""
+    if args.clip and (file := weights_of(args.clip)):
+        check_weights(file, "--clip")
+    if getattr(args, "official", None):
+        check_weights(args.official, "--init-official")
+    place = Path(args.out or "runs").absolute()
+    above = next(path for path in (place, *place.parents) if path.exists())
+    if not above.is_dir():
+        raise InputError(f"--out {args.out}: {above} is a file; give another folder")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{above}: is a folder that this user may not write to; give another "
+                         "folder with --out")
+
+
+def weights_of(clip):
+    """The file that a --clip name names, or None."""
+    name, _, file = clip.removesuffix("=shuffled").partition("=")
+    if file:
+        return None if file == "random" else file
+    return name if Path(name).suffix in WEIGHTS else None
+
+
+def check_weights(path, flag):
+    if not Path(path).is_file():
+        raise InputError(f"{flag}: no such file: {path}; if it was moved, {flag} names its new "
+                         "place, with --eval and --resume, too")
 
 
 # ---- 2. Device and processes ---------------------------------------------------------------------

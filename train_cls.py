@@ -70,21 +70,25 @@ class Objects(NamedTuple):
     text: torch.Tensor = None               # (C, 512) CLIP's features of the class names
 
 
-def load_data(cfg):
-    """-> training and test Objects, scaled as the recipe says; class names; what was read."""
+def load_data(cfg, training=True):
+    """-> training and test Objects, scaled as the recipe says; class names; what was read.
+
+    training=False: of an own folder the test objects will do.
+    """
     recipe = Recipe(**cfg["recipe"])
     if cfg["data"] == "synthetic":
         from data.synthetic_objects import OBJECT_CLASSES, object_clouds
         parts = [object_clouds(n, recipe.stored, seed) for seed, n in zip((1, 2), SYNTHETIC)]
         classes, form = OBJECT_CLASSES, "procedural objects of data/synthetic_objects.py"
     else:
-        path = objects.prepare(cfg["data"], cfg["root"], recipe.stored, cfg["workers"])
+        known = () if training else cfg["classes"]
+        path = objects.prepare(cfg["data"], cfg["root"], recipe.stored, cfg["workers"], known)
         if "split" not in cfg:
             cfg["split"] = objects.split_of(path, cfg["test_fraction"])
         *parts, classes, form = objects.load(path, recipe.points, cfg["test_fraction"],
                                              cfg["split"])
     train, test = (Objects(*map(torch.from_numpy, part)) for part in parts)
-    if cfg.get("train_fraction", 1) < 1:
+    if cfg.get("train_fraction", 1) < 1 and len(train.label):
         rows = few_of(train.label, cfg["train_fraction"], cfg["seed"])
         form += f"; {len(rows):,} of {len(train.label):,} training objects, drawn from the seed"
         train = Objects(train.xyz[rows], train.label[rows])
@@ -291,7 +295,7 @@ def main(argv=None):
         raise InputError("--vote: votes are for test sets; leave it out with --predict")
     if args.predict:
         return predict(args.predict, cfg, saved, setup, folder / "predicted" / "look.png")
-    data, stored, classes, form = load_data(cfg)
+    data, stored, classes, form = load_data(cfg, training=not args.eval)
     if saved and list(classes) != cfg["classes"]:
         raise InputError(f"{form}: has other classes than the run: {' '.join(classes)[:200]}")
     cfg["classes"], cfg["up"] = list(classes), objects.up_of(form)
@@ -304,7 +308,8 @@ def main(argv=None):
     if not args.eval:
         run.open(__file__, folder or args.out)
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    run.print(f"data     {cfg['data']}: {len(data.label):,} train, {len(test.label):,} test, "
+    trained = f"{len(data.label):,} train, " * bool(len(data.label))
+    run.print(f"data     {cfg['data']}: {trained}{len(test.label):,} test, "
               f"{len(classes)} class{'es' * (len(classes) > 1)}, {recipe.points} points; {form}")
     common.print_model(run, model, clip)
     if cfg["text_loss"] != "off":

@@ -100,13 +100,16 @@ class Scene(NamedTuple):
     offset: np.ndarray = np.zeros(3)        # what was read = xyz + offset
 
 
-def load_scenes(cfg):
-    """-> train scenes, test scenes, class names, what was read. A saved run has its own classes."""
+def load_scenes(cfg, training=True):
+    """-> train scenes, test scenes, class names, what was read. A saved run has its own classes.
+
+    training=False: own test scenes will do.
+    """
     if cfg["data"] == "synthetic":
         return load_synthetic(cfg["recipe"]["points"])
     root, own = Path(cfg["root"] or f"data/{cfg['data']}"), cfg["data"] == "folder"
     if own:
-        *paths, names = own_clouds(root, ("train", "val"), GET_FOLDER)
+        *paths, names = own_clouds(root, ("train", "val"), GET_FOLDER, training=training)
         names, form = dict(enumerate(names)), f"scenes under {root}"
     else:
         *paths, form = scannet.scans(root, cfg["workers"], cfg["skip_broken"], needs="bbox")
@@ -710,10 +713,10 @@ def main(argv=None):
     if args.export:
         check_export(args.export, cfg)
     try:
-        scenes, test, classes, form = load_scenes(cfg)
+        scenes, test, classes, form = load_scenes(cfg, training=not args.eval)
     except BrokenFile as error:
         raise InputError(f"{error}, or pass --skip-broken to go on without it") from None
-    if not scenes or not test:
+    if not test or not scenes and not args.eval:
         raise InputError(f"{form}: {len(scenes)} scenes to train, {len(test)} to test; it takes "
                          "both")
     if saved and list(classes) != cfg["classes"]:
@@ -727,7 +730,8 @@ def main(argv=None):
     short = sum(len(s.xyz) < recipe.points for s in scenes + test)
     repeats = f"; {short} scenes have fewer points and repeat some" if short else ""
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    run.print(f"data     {cfg['data']}: {len(scenes):,} train, {len(test):,} test scenes, "
+    trained = f"{len(scenes):,} train, " * bool(scenes)
+    run.print(f"data     {cfg['data']}: {trained}{len(test):,} test scenes, "
               f"{len(classes)} class{'es' * (len(classes) > 1)}, {recipe.points:,} points; "
               f"{form}{repeats}")
     common.print_model(run, model, clip, f"{recipe.tokens} tokens, {recipe.queries} queries, "
@@ -746,6 +750,8 @@ def main(argv=None):
     at, ap, train_scenes = run.at, mean_ap(result), scenes[:len(test)]
     of_run = f" of a run on {cfg.get('trained_on')}"
     if "trained_on" not in cfg:
+        of_run = f" ({best_of(at)})"
+    if "trained_on" not in cfg and scenes:
         seen = mean_ap(evaluate(model, train_scenes, setup, recipe)[0])
         of_run = (f" ({best_of(at)}; on {len(train_scenes)} training scenes "
                   f"{100 * seen[0.25]:.2f} and {100 * seen[0.5]:.2f})")

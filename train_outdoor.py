@@ -97,7 +97,7 @@ def load_scans(cfg, training=True):
         classes, table = kitti.CLASSES, kitti.published_classes()
         form = f"{root}, sequences 00 to 10; 08: {len(test):,} test scans"
     else:
-        train, test, classes = kitti.own_scans(root)
+        train, test, classes = kitti.own_scans(root, training)
         table, form = kitti.own_classes(classes), f"scans under {root}"
     read = lambda entry: kitti.read_scan(*entry, table, cfg["remission"])       # noqa: E731
     return Data(train, test, classes, read, form)
@@ -571,7 +571,8 @@ def main(argv=None):
     pasted = ", ".join(data.classes[k] for k in things_of(data.classes)) or "nothing"
     own, inside = (common.sizes(part)[0] for part in (model, model.encoder))
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    run.print(f"data     {cfg['data']}: {len(data.train):,} train scans, {len(data.test):,} test "
+    trained = f"{len(data.train):,} train scans, " * bool(data.train)
+    run.print(f"data     {cfg['data']}: {trained}{len(data.test):,} test "
               f"scans, {len(data.classes)} classes; voxels of {recipe.voxel:g} m; {data.form}; "
               f"PolarMix pastes {pasted}")
     common.print_model(run, model, clip, f"MinkUNet {own - inside:,}, EPCL {inside:,}; "

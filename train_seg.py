@@ -87,8 +87,9 @@ class Room(NamedTuple):
     offset: np.ndarray = np.zeros(3)
 
 
-def load_rooms(cfg):
-    """-> train rooms, test rooms, class names, what was read."""
+def load_rooms(cfg, training=True):
+    """-> train rooms, test rooms, class names, what was read. training=False: own test rooms will
+    do."""
     if cfg["data"] == "synthetic":
         return load_synthetic()
     root = Path(cfg["root"] or f"data/{cfg['data']}")
@@ -100,7 +101,7 @@ def load_rooms(cfg):
         *parts, form = scans(root, cfg["workers"], cfg["skip_broken"], needs="sem_label")
         classes = SCANNET_POINTS
     else:
-        *parts, names, form = own_rooms(root, cfg)
+        *parts, names, form = own_rooms(root, cfg, training)
         classes = {name: k for k, name in enumerate(names)}
     if set(cfg.get("classes", ())) == set(classes):             # of a saved run, in its order
         classes = {name: classes[name] for name in cfg["classes"]}
@@ -122,11 +123,11 @@ def load_rooms(cfg):
     return *rooms, tuple(classes), "; ".join(notes)
 
 
-def own_rooms(root, cfg):
+def own_rooms(root, cfg, training):
     """Anybody's own rooms, in either layout -> paths to train, to test, classes, what was found."""
     if s3dis.has_own_rooms(root):
         return s3dis.own_rooms(root, cfg["test_area"], cfg["workers"], cfg["skip_broken"])
-    *parts, names = own_clouds(root, ("train", "test"), GET_FOLDER)
+    *parts, names = own_clouds(root, ("train", "test"), GET_FOLDER, training=training)
     if not names:
         raise InputError(f"{root}/classes.txt: missing; {GET_FOLDER}")
     return *parts, names, f"clouds under {root}"
@@ -498,10 +499,10 @@ def main(argv=None):
     if args.export:
         check_export(args.export, cfg)
     try:
-        rooms, test, classes, form = load_rooms(cfg)
+        rooms, test, classes, form = load_rooms(cfg, training=not args.eval)
     except BrokenFile as error:
         raise InputError(f"{error}, or pass --skip-broken to go on without it") from None
-    if not rooms or not test:
+    if not test or not rooms and not args.eval:
         raise InputError(f"{form}: {len(rooms)} rooms to train, {len(test)} to test; it takes both")
     if saved and list(classes) != cfg["classes"]:
         raise InputError(f"{form}: has other classes than the run: {', '.join(classes)[:200]}")
@@ -515,7 +516,8 @@ def main(argv=None):
     black = sum(not room.rgb.any() for room in rooms + test)
     no_colours = f"; {black} rooms have no colours" if black else ""
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    run.print(f"data     {cfg['data']}: {len(rooms):,} train rooms of {size:,} points, "
+    trained = f"{len(rooms):,} train rooms of {size:,} points, " * bool(rooms)
+    run.print(f"data     {cfg['data']}: {trained}"
               f"{len(test):,} test rooms, {len(classes)} class{'es' * (len(classes) > 1)}; blocks "
               f"of {recipe.block:g} m and {recipe.points:,} points; {form}{no_colours}")
     common.print_model(run, model, clip, f"{recipe.tokens} tokens; ")

@@ -500,15 +500,20 @@ def clouds_in(folder):
     return files_in(folder, ROOMS)[0]
 
 
-def own_clouds(root, parts, how_to, suffixes=ROOMS, more=".json"):
+def own_clouds(root, parts, how_to, suffixes=ROOMS, more=".json", training=True):
     """ROOT/PART/NAME.* -> the clouds of each part; the names in ROOT/classes.txt, () without it.
 
-    Names on stderr what is passed over. NAME.json (`more`) beside NAME.* holds its boxes.
+    Names on stderr what is passed over. NAME.json (`more`) beside NAME.* holds its boxes. Without
+    `training` the first part's folder may be missing: no clouds.
     """
     found = []
     if root.is_dir():
         say([passed_over(root, loose_in(root, suffixes))])
-    for folder in (part_folder(root, part) for part in parts):
+    for part in parts:
+        folder = part_folder(root, part)
+        if not training and part == parts[0] and not folder.is_dir():
+            found.append([])
+            continue
         paths, others = files_in(folder, suffixes)
         if not paths:
             raise InputError(f"{folder}: no clouds; {how_to}")

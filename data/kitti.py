@@ -101,9 +101,10 @@ def sequence_folder(root, number):
                      f"{GET_KITTI}")
 
 
-def own_scans(root):
-    """Anybody's scans -> pairs to train, to test, names of the classes."""
-    *parts, names = own_clouds(Path(root), ("train", "test"), GET_OWN, (".bin",), ".label")
+def own_scans(root, training=True):
+    """Anybody's scans -> pairs to train (training=False: may be none), to test, class names."""
+    *parts, names = own_clouds(Path(root), ("train", "test"), GET_OWN, (".bin",), ".label",
+                               training)
     if not names:
         raise InputError(f"{root}/classes.txt: missing; {GET_OWN}")
     found = [[(path, beside(path, ".label")) for path in part] for part in parts]

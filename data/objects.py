@@ -120,9 +120,10 @@ class Found(NamedTuple):
     files: tuple = ()                       # those of train, those of test
 
 
-def find_folder(root, stored):
+def find_folder(root, stored, known=()):
     """ROOT/{train,test}/CLASS/*, or ROOT/CLASS/*, of which a part is set aside later.
 
+    known: the classes of a run that is evaluated; test/ will do, and may have some of them only.
     What is in neither form is named: objects in no class folder or below one, files of other kinds.
     """
     if root.is_file():
@@ -131,39 +132,52 @@ def find_folder(root, stored):
     def subfolders(path):
         return sorted(p.name for p in path.iterdir() if p.is_dir() and not is_litter(p.name))
 
-    split = (root / "train").is_dir() and part_folder(root, "test").is_dir()
-    folders = [root / "train", part_folder(root, "test")] if split else [root]
-    classes = subfolders(folders[0])
+    folders = {0: root / "train", 1: part_folder(root, "test")}
+    split = folders[1].is_dir() and (folders[0].is_dir() or known)
+    if not split:
+        folders = {-1: root}
+    elif not folders[0].is_dir():
+        del folders[0]
+    first = next(iter(folders.values()))
+    classes = list(known) if 0 not in folders and split else subfolders(first)
     if not classes:
         raise InputError(f"{root}: no class folders; {HOW_TO_GET['folder']}")
     parts = [name for name in classes if name.lower() in PART_NAMES]
     if parts:
-        raise InputError(f"{folders[0]}: {', '.join(parts)}: names of parts, not of classes; "
+        raise InputError(f"{first}: {', '.join(parts)}: names of parts, not of classes; "
                          f"{HOW_TO_GET['folder']}")
+    for folder in folders.values():
+        for name in subfolders(folder):
+            if name != name.strip():
+                raise InputError(f"{folder}: {name!r} begins or ends with a space; rename it")
     for name in subfolders(folders[1]) if split else ():
         if name not in classes:
-            raise InputError(f"{folders[1] / name}: a class that {folders[0]} does not have; add "
-                             "training objects or remove it")
+            whose = f"{first} does" if 0 in folders else "the run does"
+            raise InputError(f"{folders[1] / name}: a class that {whose} not have; "
+                             + "add training objects or " * (0 in folders) + "remove it")
     objects, notes = [], []
     if split:                               # beside the two parts
-        others = [root / name for name in subfolders(root) if root / name not in folders]
+        others = [root / name for name in subfolders(root)
+                  if root / name not in folders.values()]
         others = sum((files_in(folder, ())[1] for folder in others), loose_in(root, SUFFIXES))
         notes.append(passed_over(root, others))
-    for part, folder in enumerate(folders):
+    for part, folder in folders.items():
         notes.append(passed_over(folder, loose_in(folder, SUFFIXES)))       # in no class folder
         for label, name in enumerate(classes):
             where = folder / name
             files, others = files_in(where, SUFFIXES)
-            if not files and part == 0:
+            if not files and part < 1:
                 below = subfolders(where)
                 if below:
                     raise InputError(f"{where}: no objects, but folders ({', '.join(below[:3])}); "
                                      f"{HOW_TO_GET['folder']}")
                 raise InputError(f"{where}: no objects in this class folder "
                                  f"({' '.join(SUFFIXES)}); fill it or remove it")
-            objects += [Source(f"{name}/{p.name}", label, str(p), part=part if split else -1)
+            objects += [Source(f"{name}/{p.name}", label, str(p), part=part)
                         for p in files]
             notes.append(passed_over(where, others))
+    if not objects:
+        raise InputError(f"{first}: no objects of the run's classes; {HOW_TO_GET['folder']}")
     notes = [note for note in notes if note]
     say(notes)
     return Found(f"folder-{stored}.npz", root, tuple(classes),
@@ -321,8 +335,10 @@ def read_fold(path, classes, way, shot, points):
 
 # ---- One data set -> the prepared file -----------------------------------------------------------
 
-def prepare(name, root, stored, workers=1):
+def prepare(name, root, stored, workers=1, known=()):
     """A data set -> the path of its prepared .npz file, made if it is not there or out of date.
+
+    known: as `find_folder`.
 
     xyz (S, stored, 3) float32; count (S,), how many points are an object's own; label (S,) int64;
     part (S,) int8: 0 train, 1 test, -1 where the data has no split; names (S,), CLASS/file; where
@@ -333,7 +349,7 @@ def prepare(name, root, stored, workers=1):
     if not root.exists():
         raise InputError(f"--root {root}: no such file or folder; {HOW_TO_GET[name]}")
     if name == "folder":
-        found = find_folder(root, stored)
+        found = find_folder(root, stored, known)
     elif name == "scanobjectnn":
         found = find_scanobjectnn(root)
     else:
@@ -350,7 +366,7 @@ def prepare(name, root, stored, workers=1):
             follow(path, sources, found)
         else:
             table = read_whole(found) if found.read else sample_all(found, stored, workers)
-            check(table, found)
+            check(table, found, known)
             save_npz(path, sources, **table, classes=found.classes, form=found.form)
     barrier()
     if name != "folder":
@@ -401,14 +417,17 @@ def read_whole(found):
             "names": np.array(names, str), "where": np.full(len(label), "")}
 
 
-def check(table, found):
-    """Both parts have objects, labels fit the classes, coordinates are numbers."""
+def check(table, found, known=()):
+    """Both parts have objects, labels fit the classes, coordinates are numbers. known: as
+    `find_folder`."""
     if (table["part"] < 0).any():
         return                              # meshes and clouds of a folder: checked one by one
     finite = np.isfinite(table["xyz"]).all((1, 2))
     for part, split in enumerate(("training", "test")):
         mine = table["part"] == part
         label = table["label"][mine]
+        if len(label) == 0 and part == 0 and known:
+            continue
         if len(label) == 0:
             raise InputError(f"{found.form}: no {split} objects found")
         if not 0 <= label.min() <= label.max() < len(found.classes):

@@ -162,7 +162,7 @@ def test_a_run_tests_as_often_as_asked(folder, tiny_clip, finished, tmp_path, ca
     table = capsys.readouterr().out
     seldom, always = lines(run), lines(finished)
     assert ["accuracy" in line for line in seldom] == [False, True, True]   # and after the last
-    for few, all_of_it in zip(seldom, always, strict=True):                 # the training is the same
+    for few, all_of_it in zip(seldom, always, strict=True):             
         assert few == {name: all_of_it[name] for name in few}
     rows = [line for line in table.splitlines() if line[:5].strip().isdigit()]
     rates = [f"{line['lr']:.2e}" for line in always]
@@ -235,6 +235,23 @@ def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, c
     assert sum(float(p) for _, p in words) == pytest.approx(100, abs=0.5)
 
 
+def test_test_objects_alone_are_evaluated_by_the_runs_names(finished, folder, tmp_path, capsys):
+    shutil.copytree(folder / "test", tmp_path / "test")
+    shutil.rmtree(tmp_path / "test/ball")                   # not every class need be there
+    with pytest.raises(InputError, match="test: names of parts, not of classes; pass --root"):
+        train_cls.main(arguments(tmp_path, "random", tmp_path / "run"))
+    train_cls.main(["--eval", str(finished), "--root", str(tmp_path)])
+    said = capsys.readouterr().out
+    with open(finished / "confusion.csv", encoding="utf-8") as file:
+        rows = [[int(n) for n in row[1:]] for row in list(csv.reader(file))[1:]]
+    right = (rows[1][1] + rows[2][2]) / sum(rows[1] + rows[2])
+    assert f"data     folder: {sum(rows[1] + rows[2])} test, 3 classes" in said
+    assert f"accuracy {100 * right:.2f} %" in said
+    (tmp_path / "test/stick").rename(tmp_path / "test/pole")
+    with pytest.raises(InputError, match="test/pole: a class that the run does not have; remove"):
+        train_cls.main(["--eval", str(finished), "--root", str(tmp_path)])
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--resume", "{run}"], "the run is finished, 3 epochs; --eval"),
     (["--resume", "{run}/best.pt"], "holds no optimiser"),
@@ -262,7 +279,13 @@ def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, c
     (["--data", "modelnet40", "--root", "nowhere"], "princeton"),
     (["--data", "modelnet40"], "data/modelnet40: no such file or folder"),
     (["--out", "{run}"], "holds a run; --resume"),
-    (["--out", "{run}/log.txt/run"], "cannot be written"),
+    (["--out", "{run}/log.txt/run"], "log.txt is a file; give another folder"),
+    (["--data", "modelnet40", "--root", "nowhere", "--clip", "nano=gone.safetensors"],
+     "--clip: no such file: gone.safetensors"),         # before the data, which take minutes
+    (["--data", "modelnet40", "--root", "nowhere", "--clip", "gone.pt=shuffled"],
+     "--clip: no such file: gone.pt"),
+    (["--data", "modelnet40", "--root", "nowhere", "--init-official", "gone.pth"],
+     "--init-official: no such file: gone.pth"),
     (["--init-official", "{run}/last.pt"], "not a checkpoint of the authors'"),
     (["--init-official", "any.pth", "--unfreeze"], "leave --clip and --unfreeze out"),
     (["--init-official", "any.pth", "--clip", "random"], "leave --clip and --unfreeze out"),

@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -630,6 +631,14 @@ def test_a_saved_run_is_evaluated_on_other_data(small, own, capsys, tmp_path):
     first = next(i for i, line in enumerate(printed) if line.startswith("class"))
     rows = printed[first:-2]                                # the same AP of the same test scenes
     assert len(rows) > 3 and again[-len(rows) - 1:-1] == rows
+    alone = tmp_path / "alone"                              # test scenes alone will do
+    shutil.copytree(other / "val", alone / "val")
+    det.main(["--eval", "runs/det-folder-1", "--root", str(alone)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-len(rows) - 1:-1] == rows and "training scenes" not in said[-1]
+    assert any(line.startswith("data     folder: 1 test scenes, ") for line in said)
+    with pytest.raises(InputError, match="alone.train: no clouds; pass --root FOLDER"):
+        det.main([*small, "--data", "folder", "--root", str(alone)])
 
     (other / "val/room0.json").write_text(json.dumps([*boxes, {**boxes[0], "class": "teapot"}]))
     with pytest.raises(InputError, match="room0.json: the class 'teapot' is none of those to learn"
@@ -694,7 +703,7 @@ def test_two_scenes_are_learned_by_heart(small, monkeypatch, rooms):
     """mAP@0.25 above 0.9 on what it was trained on: nothing between data and metric is broken."""
     scenes = [scene_of(r, f"room{i}") for i, r in enumerate(rooms[:2])]
     monkeypatch.setattr(det, "load_scenes",
-                        lambda cfg: (scenes, scenes, synthetic_rooms.FURNITURE, "two"))
+                        lambda cfg, training: (scenes, scenes, synthetic_rooms.FURNITURE, "two"))
     make = det.make_batch                                   # without chance, 100 steps do
     monkeypatch.setattr(det, "make_batch",
                         lambda scenes, points, device, *augment: make(scenes, points, device))

@@ -228,7 +228,8 @@ def test_a_run_starts_from_the_release_and_says_what_it_is_worth(
     scenes = [scene_of(room, f"room{i}")
               for i, room in enumerate(synthetic_rooms.room_scenes(2, 800, 9))]
     classes = tuple(f"class {i}" for i in range(18))
-    monkeypatch.setattr(det, "load_scenes", lambda cfg: (scenes, scenes[:1], classes, "two"))
+    monkeypatch.setattr(det, "load_scenes",
+                        lambda cfg, training: (scenes, scenes[:1], classes, "two"))
     det.main(["--init-official", str(path), "--lr", "1e-9"])
     printed = capsys.readouterr().out
     assert f"transformer official:{path}, frozen" in printed and "64 tokens, 64 queries" in printed
@@ -243,7 +244,8 @@ def test_a_run_starts_from_the_release_and_says_what_it_is_worth(
     results = json.loads(Path("runs/det-synthetic-1/results.json").read_text())
     assert f"mAP@0.25 {100 * results['metrics']['map25']:.2f} %" in capsys.readouterr().out
     with pytest.raises(InputError, match="weights do not fit the model: .*task.embedding"):
-        monkeypatch.setattr(det, "load_scenes", lambda cfg: (scenes, scenes, classes[:9], "two"))
+        monkeypatch.setattr(det, "load_scenes",
+                            lambda cfg, training: (scenes, scenes, classes[:9], "two"))
         det.main(["--init-official", str(path)])
 
 

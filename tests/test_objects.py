@@ -109,6 +109,7 @@ def mistakes(root):
                      for part in ("train", "test") for c in "ab"] + [
                          (root / part).rmdir() for part in ("train", "test")],
             r"a: no objects, but folders .test, train.; pass"),
+        "space": (lambda: (root / "test/a").rename(root / "test/a "), "'a ' begins or ends with a"),
         "unknown test class": (lambda: (root / "test" / "zebra").mkdir(), "zebra: a class that"),
         "no test object": (lambda: [p.unlink() for p in root.glob("test/*/*")],
                            "no test objects found"),

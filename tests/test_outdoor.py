@@ -612,6 +612,14 @@ def test_own_scans_are_trained_on_and_get_the_numbers_of_their_own_classes(small
     with pytest.raises(InputError, match="08/labels: holds the labels of .*000000.bin, which"):
         outdoor.main(["--eval", "own", "--predict", str(folder / "velodyne/000000.bin"),
                       "--export", str(folder / "labels")])
+    capsys.readouterr()
+    outdoor.main(["--eval", "own"])
+    mine = capsys.readouterr().out.splitlines()
+    (tmp_path / "data/train").rename(tmp_path / "train")    # test scans alone will do
+    outdoor.main(["--eval", "own"])
+    alone = capsys.readouterr().out.splitlines()
+    assert alone[-1].partition(" s")[0] == mine[-1].partition(" s")[0]
+    assert any(line.startswith("data     folder: 2 test scans, 2 classes") for line in alone)
     (tmp_path / "data/classes.txt").write_text("car\nground\n", encoding="utf-8")
     with pytest.raises(InputError, match="has the classes car, ground; the run has ground, car"):
         outdoor.main(["--eval", "own"])

@@ -88,6 +88,12 @@ def run_above(words, main, monkeypatch, *more):
     return name
 
 
+@pytest.fixture(autouse=True)
+def weights_that_are_not_here(monkeypatch):
+    """Commands name files of weights; small ones are loaded instead."""
+    monkeypatch.setattr("run.check_places", lambda args: None)
+
+
 def small_clip(monkeypatch, tiny_clip):
     load = common.load_clip
     monkeypatch.setattr(common, "load_clip", lambda name, *a, **k: load(tiny_clip, *a, **k))
@@ -112,7 +118,7 @@ def test_each_training_command_runs(command, tmp_path, monkeypatch, tiny_clip, c
                      batch_size="6")
     small_clip(monkeypatch, tiny_clip)
     classes = tuple(shapes(1))
-    monkeypatch.setattr(train_cls, "load_data", lambda cfg: (
+    monkeypatch.setattr(train_cls, "load_data", lambda cfg, training: (
         *small_objects(train_cls, 4, 2), classes, f"small clouds instead of {cfg['data']}"))
     for name, recipe in train_cls.RECIPES.items():
         monkeypatch.setitem(train_cls.RECIPES, name, recipe._replace(
@@ -190,7 +196,8 @@ def test_each_detection_command_runs(command, tmp_path, monkeypatch, tiny_clip, 
     words = words_of(command, "train_det.py", points="512", tokens="64", queries="64", epochs="1")
     small_clip(monkeypatch, tiny_clip)
     monkeypatch.setattr(train_det, "SYNTHETIC", (2, 1))
-    monkeypatch.setattr(train_det, "load_scenes", lambda cfg: train_det.load_synthetic(750))
+    monkeypatch.setattr(train_det, "load_scenes",
+                        lambda cfg, training: train_det.load_synthetic(750))
     small_recipes(monkeypatch, train_det, train_det.RECIPES["synthetic"]._replace(
         points=512, tokens=64, radius=.8, neighbours=16, queries=64, layers=2, epochs=1,
         batch_size=2, every=1))
@@ -220,7 +227,7 @@ def test_each_segmentation_command_runs(command, tmp_path, monkeypatch, tiny_cli
     small_clip(monkeypatch, tiny_clip)
     monkeypatch.setattr(train_seg, "SYNTHETIC", (2, 1, 1200))
     rooms = train_seg.load_synthetic()
-    monkeypatch.setattr(train_seg, "load_rooms", lambda cfg: rooms)
+    monkeypatch.setattr(train_seg, "load_rooms", lambda cfg, training: rooms)
     small_recipes(monkeypatch, train_seg, train_seg.RECIPES["synthetic"]._replace(
         points=128, tokens=32, neighbours=8, epochs=1, batch_size=4, every=1))
     monkeypatch.chdir(tmp_path)

@@ -241,6 +241,17 @@ def test_a_sheet_places_pictures_frames_captions_and_legend():
     assert plain.shape[0] == 2 * (30 + 2 * render.GAP)
 
 
+def test_a_title_is_broken_between_words_to_fit():
+    font = render.ImageFont.load_default(render.TEXT)
+    title = "z points up, as in the run's data; antidisestablishmentarianism"
+    lines = render.wrapped(title, font, 140)
+    assert " ".join(lines) == title
+    assert len(lines) > 2 and all(font.getlength(line) <= 140 for line in lines[:-1])
+    cell = render.Cell(np.full((10, 140, 3), 255, np.uint8), "")
+    one, two = (render.sheet([cell], 1, text) for text in ("z up", "z points up in the run's data"))
+    assert two.shape[0] == one.shape[0] + render.TEXT + 4
+
+
 def test_captions_are_cut_to_fit_and_any_letter_may_occur():
     font = render.ImageFont.load_default(render.TEXT)
     assert render.shortened("chair", font, 90) == "chair"

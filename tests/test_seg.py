@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -529,7 +530,8 @@ def test_a_run_evaluates_resumes_repeats_and_predicts(small, monkeypatch, capsys
 
 def test_one_room_is_learned_by_heart(small, monkeypatch, rooms):
     room = room_of(rooms[0])
-    monkeypatch.setattr(seg, "load_rooms", lambda cfg: ([room], [room], ROOM_CLASSES, "one room"))
+    monkeypatch.setattr(seg, "load_rooms",
+                        lambda cfg, training: ([room], [room], ROOM_CLASSES, "one room"))
     monkeypatch.setitem(seg.RECIPES, "synthetic", SMALL._replace(
         points=512, tokens=128, epochs=120, every=120, lr=3e-3))
     seg.main(small)
@@ -684,6 +686,13 @@ def test_a_saved_run_is_evaluated_on_other_data(small, own, rooms, tmp_path, cap
     assert f"clouds under {other}" in "".join(again)
     assert again[-1].split(";")[0] == printed[-2].split(";")[0] and "best on test" in again[-1]
     assert last_lines("\n".join(again)) != []
+    shutil.rmtree(other / "train")                          # test rooms alone will do
+    seg.main(["--eval", "runs/seg-folder-1", "--root", str(other)])
+    alone = capsys.readouterr().out.splitlines()
+    assert alone[-1].split(";")[0] == again[-1].split(";")[0]
+    assert any(line.startswith("data     folder: 1 test rooms, 13 classes") for line in alone)
+    with pytest.raises(InputError, match="other.train: no clouds; pass --root FOLDER"):
+        seg.main([*small, "--data", "folder", "--root", str(other), "--like", "synthetic"])
 
 
 def test_one_block_in_a_step_is_enough(small, monkeypatch):
