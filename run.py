@@ -162,11 +162,8 @@ def check_places(args):
         check_weights(args.official, "--init-official")
     place = Path(args.out or "runs").absolute()
     above = next(path for path in (place, *place.parents) if path.exists())
-    if not above.is_dir():
-        raise InputError(f"--out {args.out}: {above} is a file; give another folder")
-    if not os.access(above, os.W_OK):
-        raise InputError(f"{above}: is a folder that this user may not write to; give another "
-                         "folder with --out")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{above}: a run's folder cannot be made in it; give another with --out")
 
 
 def weights_of(clip):
