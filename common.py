@@ -248,7 +248,7 @@ def load_clip(name, seed=0, trainable=False):
     else:
         model_name, model, tokenizer = whole_clip(base, seed)
         parts = open_clip_parts(model.visual)
-        text = model.requires_grad_(False).encode_text, tokenizer
+        text = model.encode_text, tokenizer             # called under no_grad alone
     if name.endswith("random"):
         text = None                         # such a text tower knows no words
     if name != base:                        # the text tower stays: a control differs in one thing
@@ -506,7 +506,7 @@ def encoder_options(cfg):
 def sizes(model):
     """Numbers of weights: trained, frozen."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = 0
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     for module in model.modules():
         if isinstance(module, FrozenCLIP):
             frozen += sum(b.numel() for b in module.buffers())

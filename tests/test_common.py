@@ -62,13 +62,27 @@ def test_frozen_weights_stay_bit_identical_without_gradient_optimiser_or_checkpo
     assert len(moved) == len(before), set(before) - set(moved)
 
 
-def test_unfreeze_trains_every_weight_of_clip_that_the_classifier_uses(tiny_clip):
-    clip = common.load_clip(tiny_clip, trainable=True)
+@pytest.mark.parametrize("name", ["timm", "nano", "nano=shuffled", "random"])
+def test_unfreeze_trains_every_weight_of_clip_that_the_classifier_uses(tiny_clip, name):
+    name = tiny_clip if name == "timm" else name
+    clip, frozen = common.load_clip(name, trainable=True), common.load_clip(name)
     model = train_cls.Classifier(clip, 5, config(unfreeze=True))
+    trained, rest = common.sizes(model)
+    assert rest == 0 and trained == sum(common.sizes(train_cls.Classifier(frozen, 5, config())))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     F.cross_entropy(model.train()(torch.randn(4, 64, 3))[0], torch.arange(4)).backward()
-    missing = [n for n, p in model.named_parameters() if p.grad is None]
-    assert not missing
-    assert any(n.startswith("encoder.clip.blocks") for n in model.state_dict())
+    optimizer.step()
+    same = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+    assert not same and any(n.startswith("encoder.clip.blocks") for n in model.state_dict())
+
+
+def test_the_count_of_frozen_weights_has_every_weight_that_does_not_learn(clip):
+    model = train_cls.Classifier(clip, 5, config())
+    trained, frozen = common.sizes(model)
+    model.encoder.position.requires_grad_(False)
+    some = sum(p.numel() for p in model.encoder.position.parameters())
+    assert common.sizes(model) == (trained - some, frozen + some)
 
 
 def test_every_token_reaches_every_token_of_its_cloud_and_none_of_another(clip):
