@@ -449,7 +449,8 @@ class EPCLEncoder(nn.Module):
 
     tokens (B, G, D), centers (B, G, 3) -> Features.
 
-    task_tokens: T. class_token: put CLIP's in front; the detector has none. dropout: before
+    task_tokens: T. class_token: put CLIP's in front; the detector has none. project: whether the
+    head reads `clip.project`; what nothing reads is not trained, unfrozen or not. dropout: before
     `ln_pre`; the paper's supplement says 0.3, the released classifier has 0.
 
     Variants: task_token=False, Table 6. deep_prompt=True, Table 8: fresh tokens for every block.
@@ -457,7 +458,7 @@ class EPCLEncoder(nn.Module):
     """
 
     def __init__(self, clip, task_tokens, dropout=0.0, class_token=True, task_token=True,
-                 deep_prompt=False, transformer=True):
+                 deep_prompt=False, transformer=True, project=False):
         super().__init__()
         self.class_token, self.transformer = class_token, transformer
         self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, clip.width))
@@ -468,6 +469,12 @@ class EPCLEncoder(nn.Module):
             self.prompts = nn.Parameter(0.02 * prompts)                 # (blocks, T, D)
         elif transformer and task_token:
             self.task = TaskToken(task_tokens, clip.width)
+        if transformer and clip.trainable:
+            unread = [] if class_token else [clip.class_token, clip.class_position]
+            unread += [] if project else [*clip.ln_post.parameters(), clip.proj]
+            for weight in unread:
+                if weight is not None:
+                    weight.requires_grad_(False)
 
     def forward(self, tokens, centers):
         B, G, _ = tokens.shape
@@ -550,7 +557,7 @@ class Classifier(nn.Module):
         super().__init__()
         recipe = cfg["recipe"]
         self.tokenizer = PointTokenizer(recipe["groups"], recipe["neighbours"], clip.width)
-        self.encoder = EPCLEncoder(clip, task_tokens=classes, **encoder_options(cfg))
+        self.encoder = EPCLEncoder(clip, task_tokens=classes, project=True, **encoder_options(cfg))
         wide = clip.width + (0 if cfg["no_transformer"] else clip.embed)
         self.norm = nn.LayerNorm(clip.width)
         self.embed = nn.Sequential(nn.Linear(wide, 512), BatchNorm(512), nn.ReLU(), nn.Dropout(0.2),

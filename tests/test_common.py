@@ -77,6 +77,18 @@ def test_unfreeze_trains_every_weight_of_clip_that_the_classifier_uses(tiny_clip
     assert not same and any(n.startswith("encoder.clip.blocks") for n in model.state_dict())
 
 
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("name", ["timm", "nano"])
+def test_unfrozen_weights_that_nothing_reads_are_not_trained(tiny_clip, name, class_token):
+    """Else torchrun's processes wait for a gradient that never comes."""
+    clip = common.load_clip(tiny_clip if name == "timm" else name, trainable=True)
+    encoder = common.EPCLEncoder(clip, task_tokens=3, class_token=class_token)
+    found = encoder(torch.randn(2, 6, clip.width), torch.randn(2, 6, 3))
+    (found.patches.square().sum() + found.tasks.square().sum()).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in encoder.parameters())
+    assert all(p.requires_grad for p in clip.blocks.parameters())
+
+
 def test_the_count_of_frozen_weights_has_every_weight_that_does_not_learn(clip):
     model = train_cls.Classifier(clip, 5, config())
     trained, frozen = common.sizes(model)
