@@ -94,7 +94,8 @@ def load_objects(cfg, size, device):
         xyz, label, meshes = built_in(cfg["classes"], recipe["stored"])
         what = "procedural objects, rendered"
     else:
-        path = objects.prepare(cfg["data"], cfg["root"], recipe["stored"], cfg["workers"])
+        path = objects.prepare(cfg["data"], cfg["root"], recipe["stored"], cfg["workers"],
+                               cfg["classes"])
         _, (xyz, label), classes, form = objects.load(
             path, recipe["points"], cfg["test_fraction"], cfg.get("split"))
         if list(classes) != cfg["classes"]:

@@ -740,6 +740,10 @@ def main(argv=None):
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     flag("--repeat", type=whole(1), default=5, metavar="N", help="train: steps that are timed")
     args = parser.parse_args(argv)
+    given = [name for name in ("task", "batch_size", "clip", "precision", "repeat")
+             if args.what != "train" and getattr(args, name) != parser.get_default(name)]
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')}: belongs to bench.py train; leave it out")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device; leave it out to run on the "
                          "CPU")

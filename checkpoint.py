@@ -43,6 +43,8 @@ def saved_settings(args, task, recipe, own, kept, other_data=False):
     if args.out:
         raise InputError("--out: " + ("--resume goes on in the folder of its run" if args.resume
                                       else "--eval makes no run folder") + "; leave --out out")
+    if args.root and getattr(args, "predict", None):
+        raise InputError("--predict reads the files it names and no data; leave --root out")
     free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export", "clip",
             "official", "skip_broken", "tta", "export_test", *other]
     # of --clip, weights have a hash: `check_frozen`
@@ -60,7 +62,8 @@ def saved_settings(args, task, recipe, own, kept, other_data=False):
     folder = path if path.is_dir() else path.parent
     if args.resume and saved["at"]["epoch"] >= cfg["recipe"]["epochs"] and (
             folder / "results.json").is_file():         # else it was killed before it had them
-        raise InputError(f"--resume {path}: the run is finished, {saved['at']['epoch']} epochs; "
+        raise InputError(f"--resume {path}: the run is finished after epoch "
+                         f"{saved['at']['epoch']}; "
                          f"--eval {path} evaluates it")
     return cfg, saved, folder
 

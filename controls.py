@@ -155,7 +155,8 @@ def main(argv=None):
             raise InputError(f"{kept}: the trainings there had other flags; give another --out")
     kept.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     todo = []
-    for group, seed in itertools.product(groups, range(args.seeds)):    # what is compared, first
+    # with texts first: where the weights do not know a class, that is said before hours of others
+    for group, seed in itertools.product(groups[::-1], range(args.seeds)):
         for row, flags in group.items():
             folder = args.out / folder_of(row, seed)
             if not (folder / "results.json").is_file():
@@ -171,7 +172,7 @@ def main(argv=None):
         sys.exit(130)
     lines = table(groups, args.seeds, args.out)
     print(f"\naccuracy in % of the last epoch, mean ± population standard deviation over "
-          f"{args.seeds} seeds; {args.clip}\n", *lines, sep="\n")
+          f"{args.seeds} seed{'s' * (args.seeds > 1)}; {args.clip}\n", *lines, sep="\n")
 
 
 if __name__ == "__main__":

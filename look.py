@@ -68,7 +68,7 @@ def draw_curves(runs, out):
             lines[name] = curves
     metrics = list(dict.fromkeys(           # without losses that are off, always 0
         metric for curves in lines.values() for metric, curve in curves.items()
-        if any(value for _, value in curve)))
+        if not metric.startswith("loss") or any(value for _, value in curve)))
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.3 * len(lines)), layout="constrained")

@@ -245,7 +245,7 @@ def sheet(cells, columns, title="", legend=()):
     accents, which are left away; others become boxes.
     """
     def plain(text):
-        letters = unicodedata.normalize("NFKD", text)       # a letter, then its accents
+        letters = unicodedata.normalize("NFKD", text.replace("ß", "ss"))   # a letter, its accents
         return "".join(c for c in letters if not unicodedata.combining(c))
 
     title, legend = plain(title), [(plain(name), colour) for name, colour in legend]

@@ -87,8 +87,9 @@ def shared_flags(parser, clip_names=None):
     clip_names: what --clip may name; None: a script that trains no EPCL has none of EPCL's flags.
     """
     flag = parser.add_argument
-    flag("--root", metavar="DIR", help="the data as its owners publish it (default: data/<name>)")
-    flag("--out", metavar="DIR", help="run folder (default: runs/<task>-<data>-<n>)")
+    flag("--root", type=path, metavar="DIR",
+         help="the data as its owners publish it (default: data/<name>)")
+    flag("--out", type=path, metavar="DIR", help="run folder (default: runs/<task>-<data>-<n>)")
     flag("--resume", metavar="RUN", help="go on with an interrupted run, to the same numbers")
     flag("--eval", metavar="RUN", help="evaluate a saved run, a folder or a .pt file, and stop")
     flag("--epochs", type=whole(1), metavar="N", help="passes over the training data")
@@ -110,6 +111,13 @@ def shared_flags(parser, clip_names=None):
     flag("--unfreeze", action="store_true", help="Table 4: train CLIP's weights, too")
     flag("--deep-prompt", action="store_true", help="Table 8: fresh tokens in every block")
     flag("--no-transformer", action="store_true", help="control: tokenizer and head alone")
+
+
+def path(text):
+    """argparse type: a path. Empty is what a shell makes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path, or leave the flag out")
+    return text
 
 
 def whole(low, high=2**31 - 1):
@@ -134,7 +142,7 @@ def shared_settings(args, recipe, synthetic_clip="nano"):
     if not 0 < recipe.lr < 1000:
         raise InputError(f"--lr {recipe.lr} must be above 0 and below 1000")
     if not 0 <= getattr(recipe, "dropout", 0) < 1:
-        raise InputError(f"--dropout {recipe.dropout} must be in 0..1")
+        raise InputError(f"--dropout {recipe.dropout} must be at least 0 and below 1")
     if data == "synthetic" and args.root:
         raise InputError(f"--root {args.root}: the built-in data has no files; leave it out, or "
                          "add --data")
@@ -202,7 +210,8 @@ class Setup:
         else:                               # with AVX512_BF16 but without AMX, bf16 was 6x slower
             self.bf16 = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
             why = "AMX" if self.bf16 else "this CPU has no AMX"
-        name = f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"CPU, {threads} thread{'s' * (threads > 1)}"
         if kind == "cuda":
             name = torch.cuda.get_device_name()
         dtype = "bf16" if self.bf16 else "fp32"
@@ -566,7 +575,7 @@ def main_guard(main):
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)                   # does the first one say it, torchrun ends us meanwhile
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("\n", "\\n"), file=sys.stderr)      # of a file's name
         sys.exit(2)
     except OSError as error:                # no permission, a file where a folder should be
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -302,6 +302,11 @@ def main(argv=None):
     if not args.eval:
         common.check_batch(len(data.label), cfg)
     clip, model, text = build(cfg, saved, setup)
+    if text is None and args.text_loss in ("raw", "cosine"):
+        raise InputError(f"--text-loss {args.text_loss}: {clip.name} {clip.no_text}; pass "
+                         "--text-loss off")
+    if args.test_fraction and not cfg.get("split"):
+        raise InputError("--test-fraction: the data have a test set of their own; leave it out")
     recipe = Recipe(**cfg["recipe"])
     test = Objects(sample_test(stored.xyz.to(setup.device), recipe.points), stored.label)
     run = Run("cls", cfg, setup, saved)

@@ -434,7 +434,8 @@ def report(done, cfg, clip):
         reference = scores(s, first, "last")
         for v in cfg["compare"][1:]:
             mean, low, high = (100 * x for x in paired(scores(s, v, "last"), reference))
-            lines.append(f"    {v:20s}{mean:+6.1f}   [{low:+.1f}, {high:+.1f}]")
+            interval = f"   [{low:+.1f}, {high:+.1f}]" * (low > -np.inf)    # none of one episode
+            lines.append(f"    {v:20s}{mean:+6.1f}{interval}")
     return lines
 
 
@@ -665,8 +666,11 @@ def settings(args):
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "fewshot", Recipe, SAVED, KEPT)
         check_sizes(Recipe(**cfg["recipe"]))
-        if args.eval and args.clip:
-            raise InputError("--eval prints what is saved and reads no weights; leave --clip out")
+        given = [name for name in ("clip", "root", "workers", "precision", "device")
+                 if args.eval and getattr(args, name)]
+        if given:
+            raise InputError("--eval prints what is saved and reads no weights and no data; leave "
+                             f"--{' and --'.join(given)} out")
         order = [*itertools.product(cfg["settings"], range(cfg["episodes"]), cfg["compare"])]
         done = [(r["setting"], r["episode"], r["variant"]) for r in saved["done"]]
         if not order or done != order[:len(done)]:

@@ -709,7 +709,8 @@ def settings(args):
         if value is not None and not 1e-3 <= value < 1e6:       # smaller: places overflow int64
             raise InputError(f"--{name} {value:g} must be at least 0.001 and below 1,000,000")
     if (args.predict or args.tta or args.export_test) and not args.eval:
-        raise InputError("--predict, --tta and --export-test need a run: add --eval runs/outdoor-1")
+        raise InputError("--predict, --tta and --export-test need a run: add --eval "
+                         "runs/outdoor-...")
     if args.export and not args.predict:
         raise InputError("--export says where --predict writes; give both")
     if args.predict and args.export_test:

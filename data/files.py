@@ -521,7 +521,10 @@ def own_clouds(root, parts, how_to, suffixes=ROOMS, more=".json", training=True)
         say([passed_over(folder, [path for path in others if path not in boxes])])
         found.append(paths)
     path = root / "classes.txt"
-    lines = read_lines(path) if path.is_file() else []
+    try:
+        lines = read_lines(path) if path.is_file() else []
+    except BrokenFile as error:             # nothing that --skip-broken could leave out
+        raise InputError(str(error)) from None
     names = [line.strip() for line in "\n".join(lines).rstrip().split("\n")] if lines else []
     if path.is_file() and not names:
         raise InputError(f"{path}: is empty; write the name of a class in each line")
@@ -573,12 +576,14 @@ def read_cloud(path, classes=None, colours=True):
         elif suffix == ".npz":
             found = load_npz(path, wanted)
         elif suffix != ".npy":
-            raise ValueError(f"not a format that is read here ({' '.join(ROOMS)})")
+            raise InputError(f"{path}: not a format that is read here ({' '.join(ROOMS)})")
         else:
             table = load_npy(path.read_bytes())
             if table.ndim != 2 or table.shape[1] < 3 or classes and table.shape[1] not in (4, 7):
                 columns_are = "x y z label, or x y z r g b label" if classes else "x y z ..."
                 raise ValueError(f"shape {table.shape}; expected columns {columns_are}")
+            if table.shape[1] > 100 * len(table) > 0:
+                raise ValueError(f"shape {table.shape}; expected a row a point: transpose it")
             found = {"xyz": table}
             if "rgb" in wanted and table.shape[1] in (6, 7):
                 found["rgb"] = table[:, 3:6]

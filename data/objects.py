@@ -48,7 +48,7 @@ HOW_TO_GET = {
 
 class Source(NamedTuple):
     """Where one object's points are: a file, or a member of a .zip."""
-    name: str                               # CLASS/file: the seed of its sample
+    name: str                               # CLASS/file
     label: int
     path: str
     member: str = ""
@@ -74,7 +74,8 @@ def sample(source, stored):
     its own, which farthest point sampling never picks before all others.
     """
     xyz, faces = source.read()
-    rng = np.random.default_rng(zlib.crc32(os.fsencode(source.name)))   # in any order of the files
+    # the same content, the same sample: whatever the file is called, in any order of the files
+    rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(xyz).data))
     if faces is not None:
         with reading(source.where(), "repair the file or move it out of the data"):
             return sample_surface(xyz, faces, stored, rng), stored
@@ -89,9 +90,12 @@ def read_one(path, stored, points):
     """Somebody's mesh or cloud of at least `points` points -> (stored, 3) float32."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: not a format this script reads ({' '.join(SUFFIXES)})")
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; give a mesh or a cloud")
     xyz, count = sample(Source(Path(path).name, 0, str(path)), stored)
     if count < points:
-        raise InputError(f"{path}: has {count:,} points, and {points:,} are needed")
+        raise InputError(f"{path}: has {count:,} points, and {points:,} are needed; give a larger "
+                         "cloud")
     return xyz
 
 
@@ -532,7 +536,7 @@ def set_aside(label, classes, fraction, where):
         if n >= len(rows):
             raise InputError(f"{Path(str(where[rows[0]])).parent}: {len(rows)} object"
                              f"{' is' if len(rows) == 1 else 's are'} too few "
-                             f"to set {n} aside")
+                             f"to set {n} aside; add objects, or remove the class")
         order = np.random.default_rng([0, k]).permutation(len(rows))
         test[rows[order[:n]]] = True
     return test

@@ -253,7 +253,7 @@ def test_test_objects_alone_are_evaluated_by_the_runs_names(finished, folder, tm
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--resume", "{run}"], "the run is finished, 3 epochs; --eval"),
+    (["--resume", "{run}"], "the run is finished after epoch 3; --eval"),
     (["--resume", "{run}/best.pt"], "holds no optimiser"),
     (["--resume", "{run}", "--eval", "{run}"], "give one of them"),
     (["--eval", "{run}", "--lr", "0.5"], "was trained with lr 0.002, not 0.5"),
@@ -272,7 +272,11 @@ def test_test_objects_alone_are_evaluated_by_the_runs_names(finished, folder, tm
     (["--deep-prompt", "--no-task-token"], "exclude each other"),
     (["--no-transformer", "--unfreeze"], "leaves nothing"),
     (["--lr", "-1"], "must be above 0"),
-    (["--dropout", "1"], "in 0..1"),
+    (["--dropout", "1"], "at least 0 and below 1"),
+    (["--test-fraction", "0.3"], "--test-fraction: the data have a test set of their own"),
+    (["--clip", "timm:test_vit=random", "--text-loss", "raw"], "timm:test_vit=random has no text"),
+    (["--eval", "{run}", "--predict", "gone.obj"], "gone.obj: no such file; give a mesh or a cl"),
+    (["--eval", "{run}", "--predict", "gone.obj", "--root", "x"], "no data; leave --root out"),
     (["--test-fraction", "1.5"], "between 0 and 1"),
     (["--train-fraction", "0"], "between 0 and 1"), (["--train-fraction", "nan"], "between"),
     (["--device", "cuda"], "no CUDA device"),

@@ -308,8 +308,10 @@ def test_a_run_writes_its_episodes_and_the_same_episodes_give_the_same_numbers(s
     for a, b in zip(first["trainings"], again["trainings"]):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
     capsys.readouterr()
-    with pytest.raises(InputError, match="reads no weights; leave --clip out"):
+    with pytest.raises(InputError, match="reads no weights and no data; leave --clip out"):
         fewshot.main(["--eval", "runs/fewshot-synthetic-1", *small[-2:]])
+    with pytest.raises(InputError, match="and no data; leave --workers and --device out"):
+        fewshot.main(["--eval", "runs/fewshot-synthetic-1", "--workers", "2", "--device", "cpu"])
     fewshot.main(["--eval", "runs/fewshot-synthetic-1"])
     assert capsys.readouterr().out.splitlines() == printed.splitlines()[-4:-1]
     assert printed.splitlines()[-1] == "look     runs/fewshot-synthetic-1/look.png"

@@ -87,6 +87,15 @@ def test_too_few_objects_to_set_some_aside_is_an_error(tmp_path):
         parts_of(table_of("folder", tmp_path, 32))
 
 
+def test_a_sample_does_not_depend_on_what_its_file_is_called(tmp_path):
+    for name in ("a.npy", "b.npy"):
+        np.save(tmp_path / name, CLOUD)
+    one, other = (objects.read_one(tmp_path / name, 32, 16) for name in ("a.npy", "b.npy"))
+    assert (one == other).all()
+    np.save(tmp_path / "b.npy", CLOUD + 1)
+    assert not (objects.read_one(tmp_path / "b.npy", 32, 16) == one + 1).all()  # another draw
+
+
 def mistakes(root):
     """A broken folder for each entry: what to do to a good one, what the message says."""
     good = root / "train" / "a" / "0.npy"

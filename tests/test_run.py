@@ -265,6 +265,15 @@ def test_a_terminal_that_lacks_a_letter_does_not_stop_a_run(tmp_path):
         assert done.returncode == 0 and "\\udcfc" in done.stdout, done.stderr
 
 
+def test_a_name_with_a_line_break_is_one_line(capsys):
+    def broken():
+        raise InputError("br\noken.off: is empty; repair it")
+    with pytest.raises(SystemExit) as left:
+        run_module.main_guard(broken)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: br\\noken.off: is empty; repair it\n"
+
+
 def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     with pytest.raises(SystemExit) as left:
