@@ -729,7 +729,7 @@ def train_table(lines):
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("what", choices=["kernels", "train", "table"])
+    flag("what", choices=["kernels", "train", "table"], help="table: all that was measured")
     flag("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     flag("--quick", action="store_true", help="kernels: only what is over in seconds on a CPU")
     flag("--task", choices=DATA, default="cls",

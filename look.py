@@ -74,7 +74,7 @@ def draw_curves(runs, out):
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.3 * len(lines)), layout="constrained")
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, i + 1, title=metric, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         for color, (name, curves) in enumerate(lines.items()):
             if metric in curves:
@@ -126,6 +126,8 @@ def main(argv=None):
     except ImportError:
         raise InputError("look.py draws with matplotlib, which is not installed; pip install "
                          "matplotlib") from None
+    if args.out and not args.out.lower().endswith(".png"):
+        raise InputError(f"--out {args.out}: is written as a .png; end its name so")
     draw_curves(args.runs, args.out or Path(args.runs[0]) / "curves.png")
     for run in args.runs:
         if (Path(run) / "confusion.csv").is_file():

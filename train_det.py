@@ -645,7 +645,7 @@ def picture(scenes, detections, most=2):
         true = f"{len(scene.boxes)} true boxes in green, " if len(scene.boxes) else ""
         cells.append(render.Cell(drawn, f"{scene.name}: {true}in red {len(found)} detected\nwith a "
                                  f"score of at least {LEAST_SCORE}"))
-    return render.sheet(cells, columns=len(cells))
+    return render.sheet(cells, columns=len(cells), title="from above, without the ceiling")
 
 
 # ---- Train ---------------------------------------------------------------------------------------
@@ -784,6 +784,7 @@ def predict(args, folder, cfg, saved, setup):
         print(f"{file}: {len(scan.xyz):,} points, {len(kinds)} boxes of score {LEAST_SCORE} or "
               f"more{counts and ': '}{counts} -> {folder}/{scan.name}.ply, .json")
     render.save(Path(folder) / "look.png", picture(scans, detections))
+    print(f"look: {folder}/look.png")
 
 
 def build(cfg, saved, setup):

@@ -467,7 +467,7 @@ def picture(labelled, classes):
             cells.append(render.Cell(render.draw_points(xyz, camera, 380, 380, rgb),
                                      f"{Path(scan.name).stem}, {what}"))
     legend = [(name, colour(k)) for k, name in enumerate(classes)]
-    return render.sheet(cells, columns=3 if some else 2, legend=legend)
+    return render.sheet(cells, columns=3 if some else min(2, len(cells)), legend=legend)
 
 
 # ---- Train ---------------------------------------------------------------------------------------

@@ -411,7 +411,7 @@ def picture(labelled, classes):
         shown, camera = render.into_room(room.xyz)
         label, known = room.label.numpy()[:, None], (room.label != IGNORE).numpy()[:, None]
         wrong = known & (predicted.numpy()[:, None] != label)
-        views = [("in its colours", room.rgb.numpy() if room.rgb.any() else None),
+        views = [("in its colours", room.rgb.numpy()) if room.rgb.any() else ("shaded", None),
                  ("truth", np.where(known, colour(label[:, 0]), grey)),
                  ("predicted", colour(predicted.numpy())),
                  (f"{100 * wrong.sum() / max(known.sum(), 1):.0f} % of points wrong",
@@ -588,6 +588,7 @@ def predict(args, folder, cfg, saved, setup):
         print(f"{file}: {len(predicted):,} points, {found}{notes} -> {folder}/{room.name}.ply, "
               ".npy")
     render.save(Path(folder) / "look.png", picture(shown, classes))
+    print(f"look: {folder}/look.png")
 
 
 def build(cfg, saved, setup):

@@ -337,6 +337,8 @@ NUMBERS = "biuf"                            # kinds of dtype
 
 def load_npy(blob, kinds=NUMBERS):
     """A .npy -> array. A header that promises too much gets no memory. Raises ValueError."""
+    if not blob:
+        raise ValueError("is empty")
     file = io.BytesIO(blob)
     version = "_".join(map(str, np.lib.format.read_magic(file)))
     shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version}")(file)

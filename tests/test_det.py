@@ -674,7 +674,7 @@ def test_boxes_for_scans_without_truth(small, monkeypatch, capsys, rooms):
     capsys.readouterr()
     det.main(["--eval", "runs/det-synthetic-1", "--predict", "room000.npy", "room001.npy"])
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2 and printed[0].endswith("predicted/room000.ply, .json")
+    assert len(printed) == 3 and printed[2].startswith("look: ") and printed[0].endswith("predicted/room000.ply, .json")
     folder = Path("runs/det-synthetic-1/predicted")
     assert Image.open(folder / "look.png").width == 2 * (420 + 12)
     seen, found = (json.loads(Path(p, "room000.json").read_text()) for p in ("look", folder))
