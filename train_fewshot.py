@@ -491,6 +491,8 @@ def main(argv=None):
     for way, shot in cfg["settings"]:
         common.check_batch(way * shot, cfg)
     encoders = Encoders(cfg, classes, setup)
+    if encoders.text is None and args.text_loss in ("raw", "cosine"):
+        raise InputError(f"--text-loss {args.text_loss}{encoders.no_text}; pass --text-loss off")
     random = encoders.random
     if random and len(cfg["compare"]) > 1 and encoders.sha256 == random.sha256:
         raise InputError(f"--compare random: {encoders.name} is random already; pass a --clip with "
