@@ -565,7 +565,7 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
     (["--zero-shot", "folder", "--data", "folder"], "pre-train nothing"),
     (["--init-official", "x.pth"], "gives the depth tower of --zero-shot, --predict or"),
     (["--temperature", "0"], "--temperature 0.0 must be above 0"),
-    (["--predict", "none.obj", "--classes", "chair"], "none.obj: No such file"),
+    (["--predict", "none.obj", "--classes", "chair"], "none.obj: no such file"),
     (["--predict", "none.xyzzy", "--classes", "chair"], "not a format this script reads"),
     (["--zero-shot", "modelnet40", "--root", "nowhere"], "nowhere"),
 ])
