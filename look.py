@@ -20,6 +20,7 @@ from data.files import read_lines, reading
 from run import InputError, Parser, main_guard
 
 NO_CURVE = ("epoch", "seconds")
+SCORES = ("accuracy", "miou", "macc", "oa", "map")      # drawn even where they are always 0
 FEWSHOT = {"variant": str, "setting": [int, int], "curve": [float]}     # form of a line
 
 
@@ -68,7 +69,7 @@ def draw_curves(runs, out):
             lines[name] = curves
     metrics = list(dict.fromkeys(           # without losses that are off, always 0
         metric for curves in lines.values() for metric, curve in curves.items()
-        if not metric.startswith("loss") or any(value for _, value in curve)))
+        if any(score in metric for score in SCORES) or any(value for _, value in curve)))
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.3 * len(lines)), layout="constrained")

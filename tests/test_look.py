@@ -96,5 +96,10 @@ def test_pictures_show_every_metric_once_and_the_shares_of_each_class(
     paths = [Path(first, "curves.png"), Path(second, "confusion.png")]
     assert capsys.readouterr().out.split() == [str(path) for path in paths]
     assert all((np.asarray(Image.open(path)) < 255).any() for path in paths)
+    with pytest.raises(InputError, match="new.jpg: is written as a .png; end its name so"):
+        look.main([second, "--out", str(tmp_path / "new.jpg")])
+    nothing = run_of(tmp_path / "nothing", [{"epoch": 1, "loss": 2.0, "text": 0.0, "map25": 0.0}])
+    look.main([nothing])                                    # learned nothing: that is seen
+    assert [axes.get_title() for axes in figures[-1].axes] == ["loss", "map25"]
     look.main([second, "--out", str(tmp_path / "new.png")])
     assert (tmp_path / "new.png").is_file()
