@@ -751,10 +751,10 @@ def main(argv=None):
     of_run = f" of a run on {cfg.get('trained_on')}"
     if "trained_on" not in cfg:
         of_run = f" ({best_of(at)})"
-    if "trained_on" not in cfg and scenes:
-        seen = mean_ap(evaluate(model, train_scenes, setup, recipe)[0])
-        of_run = (f" ({best_of(at)}; on {len(train_scenes)} training scenes "
-                  f"{100 * seen[0.25]:.2f} and {100 * seen[0.5]:.2f})")
+        if scenes:
+            seen = mean_ap(evaluate(model, train_scenes, setup, recipe)[0])
+            of_run = (f" ({best_of(at)}; on {len(train_scenes)} training scenes "
+                      f"{100 * seen[0.25]:.2f} and {100 * seen[0.5]:.2f})")
     run.print(f"result   mAP@0.25 {100 * ap[0.25]:.2f} %, mAP@0.50 {100 * ap[0.5]:.2f} %, epoch "
               f"{at['epoch']}{of_run}; {cfg['data']}, {clip.name}, {at['seconds']:.0f} s")
     if args.export and rank() == 0:

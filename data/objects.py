@@ -136,7 +136,7 @@ def find_folder(root, stored, known=()):
     def subfolders(path):
         return sorted(p.name for p in path.iterdir() if p.is_dir() and not is_litter(p.name))
 
-    folders = {0: root / "train", 1: part_folder(root, "test")}
+    folders = {0: root / "train", 1: part_folder(root, "test")}     # as Source.part
     split = folders[1].is_dir() and (folders[0].is_dir() or known)
     if not split:
         folders = {-1: root}

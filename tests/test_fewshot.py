@@ -485,7 +485,7 @@ def test_shots_of_all_classes_are_tested_on_the_whole_test_set(small, capsys):
     (["--shots-all", "4", "--folds", "x"], "draws its own clouds"),
     (["--folds", "nowhere"], "found no 5way_10shot/0.pkl or 0.json"),
     (["--compile"], "compiled anew"),
-    (["--way", "3", "--shot", "2", "--text-loss", "raw"], "has no text tower; pass --text-loss off"),
+    (["--way", "3", "--shot", "2", "--text-loss", "raw"], "no text tower; pass --text-loss off"),
     (["--shot", "4", "--batch-size", "1"], "pass --batch-size 2 or more"),
     (["--way", "2", "--shot", "2", "--accumulate", "3"], "pass a smaller --accumulate|size 6"),
     (["--points", "8", "--groups", "9"], "--groups 9"),
