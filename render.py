@@ -84,14 +84,24 @@ def fit(xyz, axes, distance=math.inf, margin=1.05):
     return camera
 
 
-def into_room(xyz):
+def into_room(xyz, boxes=None):
     """How to look into a room (N, 3), z up, from above: which points to draw (N,), the camera.
 
-    What is near the ceiling is left out. The eye is so near that walls are seen from inside.
+    What is near the ceiling is left out. The eye is so near that walls are seen from inside. All of
+    the boxes (k, 6) is in the picture, too.
     """
     low, high = xyz[:, 2].amin(), xyz[:, 2].amax()
     shown = xyz[:, 2] <= low + 0.87 * (high - low)
-    return shown, fit(xyz[shown], look(elevation=65, azimuth=-60), distance=1.8)
+    seen = xyz[shown]
+    if boxes is not None:
+        seen = torch.cat([seen, corners(boxes).reshape(-1, 3).to(seen)])
+    return shown, fit(seen, look(elevation=65, azimuth=-60), distance=1.8)
+
+
+def corners(boxes):
+    """Boxes (k, 6), centre and size -> (k, 8, 3)."""
+    corner = torch.tensor([(x, y, z) for x in (-.5, .5) for y in (-.5, .5) for z in (-.5, .5)])
+    return boxes[:, None, :3] + corner.to(boxes) * boxes[:, None, 3:]
 
 
 # ---- Points --------------------------------------------------------------------------------------
@@ -217,13 +227,11 @@ def draw_mesh(vertices, faces, camera, H, W, rgb=(170, 185, 200), light=None, ba
 # ---- Drawn over a picture ------------------------------------------------------------------------
 def draw_boxes(picture, boxes, camera, colour):
     """The edges of boxes (k, 6), centre and size, drawn over a picture (H, W, 3)."""
-    corner = np.array([(x, y, z) for x in (-.5, .5) for y in (-.5, .5) for z in (-.5, .5)])
-    edges = [(i, j) for i in range(8) for j in range(i) if np.abs(corner[i] - corner[j]).sum() == 1]
+    edges = [(i, j) for i in range(8) for j in range(i) if (i ^ j).bit_count() == 1]
     H, W, _ = picture.shape
     image = Image.fromarray(picture).resize((FINE * W, FINE * H))
     draw = ImageDraw.Draw(image)
-    for box in np.asarray(boxes, np.float64):
-        xyz = torch.from_numpy(box[:3] + corner * box[3:])
+    for xyz in corners(torch.as_tensor(boxes, dtype=torch.float64)):
         place = project(xyz, camera, FINE * H, FINE * W).numpy()[:, :2]
         for i, j in edges:
             if np.isfinite(place[[i, j]]).all():

@@ -294,7 +294,8 @@ def main(argv=None):
     if args.predict and args.vote:
         raise InputError("--vote: votes are for test sets; leave it out with --predict")
     if args.predict:
-        return predict(args.predict, cfg, saved, setup, folder / "predicted" / "look.png")
+        where = Path(args.export or folder / "predicted")
+        return predict(args.predict, cfg, saved, setup, where / "look.png")
     data, stored, classes, form = load_data(cfg, training=not args.eval)
     if saved and list(classes) != cfg["classes"]:
         raise InputError(f"{form}: has other classes than the run: {' '.join(classes)[:200]}")
@@ -405,6 +406,7 @@ def flags(argv):
     flag("--vote", type=whole(2), metavar="V", help="report the vote over V augmented samples, too")
     flag("--predict", nargs="+", metavar="FILE",
          help="with --eval RUN: print the five likeliest classes of meshes or clouds")
+    flag("--export", metavar="DIR", help="where --predict draws look.png (default: RUN/predicted)")
     flag("--init-official", metavar="FILE", dest="official",
          help="start from the authors' released checkpoint")
     return parser.parse_args(argv)
@@ -427,6 +429,8 @@ def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/cls-...")
+    if args.export and not args.predict:
+        raise InputError("--export says where --predict draws; give both")
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED, trained(sums=4))
         check_sizes(Recipe(**cfg["recipe"]))

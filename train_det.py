@@ -637,8 +637,9 @@ def picture(scenes, detections, most=2):
     """look.png: the first two scenes from above, with true boxes and detections of LEAST_SCORE."""
     cells = []
     for scene, d in list(zip(scenes, detections))[:most]:
-        shown, camera = render.into_room(scene.xyz)
         found = d.boxes[d.scores.max(1, initial=0) >= LEAST_SCORE]
+        drawn = torch.cat([torch.as_tensor(boxes).cpu() for boxes in (scene.boxes, found)])
+        shown, camera = render.into_room(scene.xyz, drawn)
         drawn = render.draw_points(scene.xyz[shown], camera, 420, 420)
         for boxes, colour in ((scene.boxes, GREEN), (found, RED)):
             drawn = render.draw_boxes(drawn, boxes, camera, colour)

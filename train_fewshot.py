@@ -53,6 +53,7 @@ class Recipe(NamedTuple):
     clip_norm: float        # of the gradient
     dropout: float          # before CLIP
     unit: bool              # centre every cloud and scale it into the unit sphere
+    every: int              # epochs from one test to the next
 
 
 # EPCL released no few-shot code
@@ -60,7 +61,7 @@ POINT_BERT = Recipe(
     points=1024, groups=64, neighbours=32, stored=8192,         # cfgs/fewshot.yaml, the same in
     epochs=150, warmup=10, batch_size=32, clip_norm=10.0,       # Point-BERT, MaskPoint, Point-MAE
     lr=3e-4, decay=0.04,                # paper 4.1, "for the whole experiment"; theirs: 5e-4, 0.05
-    dropout=0.0, unit=True)             # as train_cls.py
+    dropout=0.0, unit=True, every=1)    # as train_cls.py
 RECIPES = {
     "modelnet40": POINT_BERT,
     # points and scaling as train_cls.py
@@ -283,9 +284,9 @@ def picture(model, shots, test, names, setup, up):
 
 
 def train_episode(model, data, test, run, seed, bar):
-    """Train on samples (S, SAMPLES, m, 3), test on clouds (Q, N, 3) after every epoch.
+    """Train on samples (S, SAMPLES, m, 3), test on clouds (Q, N, 3).
 
-    -> test accuracy of each epoch, or None after Ctrl-C.
+    -> test accuracy of each epoch, None where it was not tested; or None after Ctrl-C.
     """
     cfg, setup, recipe = run.cfg, run.setup, Recipe(**run.cfg["recipe"])
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.decay), lr=recipe.lr)
@@ -308,7 +309,8 @@ def train_episode(model, data, test, run, seed, bar):
         if not torch.isfinite(loss):
             raise InputError(f"the loss is not finite in epoch {epoch + 1} of an episode; finished "
                              "episodes are saved; try a lower --lr or --precision fp32")
-        curve.append(accuracy(model, test.xyz, test.label, setup))
+        tested = (epoch + 1) % recipe.every == 0 or epoch + 1 == recipe.epochs
+        curve.append(accuracy(model, test.xyz, test.label, setup) if tested else None)
         bar.update()
         if run.stopper.now(0):
             return None
@@ -586,10 +588,11 @@ def train(episodes, data, classes, encoders, done, total, run):
             run.print(f"stopped after {len(done)} of {total} trainings; go on with: "
                       f"python train_fewshot.py --resume {run.folder}")
             sys.exit(130)
-        best = len(curve) - 1 - int(np.argmax(curve[::-1]))     # a tie goes to the later epoch
+        best, best_epoch = max((found, epoch) for epoch, found in enumerate(curve, 1)
+                               if found is not None)            # a tie goes to the later epoch
         trained, frozen = common.sizes(model)
         line = {"setting": [way, shot], "episode": i, "variant": variant, "last": curve[-1],
-                "best": curve[best], "best_epoch": best + 1, "seconds": time.time() - started,
+                "best": best, "best_epoch": best_epoch, "seconds": time.time() - started,
                 "trained": trained, "frozen": frozen, "classes": [classes[c] for c in labels]}
         done.append(line)
         bar.clear()
@@ -599,8 +602,8 @@ def train(episodes, data, classes, encoders, done, total, run):
                                                          setup, cfg["up"]))
         names = "  " + " ".join(line["classes"]) if way <= 10 else ""
         run.print(f"{way}w{shot}s episode {i + 1}/{cfg['episodes']} {variant:15s}"
-                  f"{100 * curve[-1]:6.1f} %  (best on test {100 * curve[best]:.1f} in epoch "
-                  f"{best + 1})  {line['seconds']:6.1f} s{names}")
+                  f"{100 * curve[-1]:6.1f} %  (best on test {100 * best:.1f} in epoch "
+                  f"{best_epoch})  {line['seconds']:6.1f} s{names}")
         run.append("metrics.jsonl", json.dumps({**line, "curve": curve}) + "\n")
         save(run, done, total)
     bar.close()

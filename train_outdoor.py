@@ -569,12 +569,13 @@ def main(argv=None):
     if not args.eval:
         run.open(__file__, folder or args.out)
     pasted = ", ".join(data.classes[k] for k in things_of(data.classes)) or "nothing"
+    pasted = "" if args.eval else f"; PolarMix pastes {pasted}"
     own, inside = (common.sizes(part)[0] for part in (model, model.encoder))
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     trained = f"{len(data.train):,} train scans, " * bool(data.train)
     run.print(f"data     {cfg['data']}: {trained}{len(data.test):,} test "
-              f"scans, {len(data.classes)} classes; voxels of {recipe.voxel:g} m; {data.form}; "
-              f"PolarMix pastes {pasted}")
+              f"scans, {len(data.classes)} classes; voxels of {recipe.voxel:g} m; "
+              f"{data.form}{pasted}")
     common.print_model(run, model, clip, f"MinkUNet {own - inside:,}, EPCL {inside:,}; "
                                          f"{recipe.tokens} tokens; ")
     if cfg["as_released"]:

@@ -154,6 +154,11 @@ def find_folder(root, stored, known=()):
         for name in subfolders(folder):
             if name != name.strip():
                 raise InputError(f"{folder}: {name!r} begins or ends with a space; rename it")
+    alike = {}
+    for name in classes:
+        if (other := alike.setdefault(name.lower(), name)) != name:
+            raise InputError(f"{first}: {other} and {name}: classes that differ in case alone; "
+                             "make them one, or rename one")
     for name in subfolders(folders[1]) if split else ():
         if name not in classes:
             whose = f"{first} does" if 0 in folders else "the run does"

@@ -219,7 +219,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_like_one_that_was_not(
     assert all(results[0][k] == results[1][k] for k in results[1] if k != "seconds")
 
 
-def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, capsys):
+def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, tmp_path, capsys):
     accuracy = json.loads((finished / "results.json").read_text())["metrics"]["accuracy"]
     for what in (finished, finished / "last.pt"):
         train_cls.main(["--eval", str(what), "--vote", "3"])
@@ -228,6 +228,8 @@ def test_eval_repeats_the_result_and_vote_and_predict_answer(finished, folder, c
     file = str(folder / "test" / "stick" / "0.npy")
     train_cls.main(["--eval", str(finished), "--predict", file, file])
     assert Image.open(finished / "predicted/look.png").width == 2 * (140 + 12)
+    train_cls.main(["--eval", str(finished), "--predict", file, "--export", str(tmp_path / "new")])
+    assert Image.open(tmp_path / "new/look.png").width == 140 + 12
     capsys.readouterr()
     train_cls.main(["--eval", str(finished), "--predict", file])
     words = re.findall(r"(\w+) ([\d.]+) %", capsys.readouterr().out)
@@ -265,6 +267,7 @@ def test_test_objects_alone_are_evaluated_by_the_runs_names(finished, folder, tm
     (["--eval", "{run}", "--no-task-token"], "no-task-token False, not True"),
     (["--eval", "nowhere"], "no such checkpoint"),
     (["--predict", "x.npy"], "--predict needs a run"),
+    (["--export", "x"], "--export says where --predict draws; give both"),
     (["--eval", "{run}", "--predict", "x.docx"], "x.docx: not a format"),
     (["--eval", "{run}", "--predict", "missing.npy"], "missing.npy: "),
     (["--groups", "600"], "--groups 600 must be at most --points 256"),

@@ -429,7 +429,8 @@ def test_the_picture_shows_true_boxes_green_and_sure_detections_red(rooms, monke
         rgb = cell.picture.astype(int)
         assert ((rgb - det.RED).__abs__().sum(2) < 60).any() == red
         assert ((rgb - det.GREEN).__abs__().sum(2) < 60).sum() > 200
-    shown, camera = render.into_room(scene.xyz)
+    shown, camera = render.into_room(scene.xyz, torch.cat([scene.boxes,
+                                                           torch.from_numpy(sure.boxes[:1])]))
     bare = render.draw_points(scene.xyz[shown], camera, 420, 420)
     same = (one.picture == bare).all(2)
     corner = render.project(torch.from_numpy(sure.boxes[:1, :3] + sure.boxes[:1, 3:] / 2), camera,

@@ -347,6 +347,20 @@ def test_it_learns_what_can_be_learned(small):
     assert results()["metrics"]["accuracy"] > 0.6                   # chance is 1/3
 
 
+def test_every_n_epochs_are_tested_and_the_last_and_training_is_the_same(small):
+    fewshot.main([*small, "--epochs", "5"])
+    fewshot.main([*small, "--epochs", "5", "--every", "2"])
+    curves = []
+    for i in (1, 2):
+        lines = Path(f"runs/fewshot-synthetic-{i}/metrics.jsonl").read_text(encoding="utf-8")
+        curves.append([json.loads(line)["curve"] for line in lines.splitlines()])
+    assert curves[1] == [[None, b, None, d, e] for _, b, _, d, e in curves[0]]
+    for training, (_, b, _, d, e) in zip(results("runs/fewshot-synthetic-2")["trainings"],
+                                         curves[1]):
+        best = max((b, 2), (d, 4), (e, 5))
+        assert (training["best"], training["best_epoch"], training["last"]) == (*best, e)
+
+
 def test_compare_trains_all_variants_on_the_same_episodes_from_the_same_start(
         small, monkeypatch, capsys):
     seen, fresh = [], fewshot.train_episode

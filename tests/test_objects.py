@@ -128,6 +128,15 @@ def mistakes(root):
     }
 
 
+def test_classes_that_differ_in_case_alone_are_refused(small):
+    if (small / "train/A").exists():
+        pytest.skip("this file system does not tell a from A")
+    (small / "train/A").mkdir()
+    np.save(small / "train/A/0.npy", CLOUD)
+    with pytest.raises(InputError, match="train: A and a: classes that differ in case alone; make"):
+        objects.find_folder(small, 32)
+
+
 def test_a_script_without_a_flag_for_points_advises_none(small):
     np.save(small / "train" / "a" / "0.npy", CLOUD[:9])
     with pytest.raises(InputError, match="0.npy: has 9 points, and 16 are needed; take it out"):

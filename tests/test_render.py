@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 import render
-from render import (Camera, Cell, draw_boxes, draw_mesh, draw_points, fit, into_room, look, project,
-                    save, sheet)
+from render import (Camera, Cell, corners, draw_boxes, draw_mesh, draw_points, fit, into_room, look,
+                    project, save, sheet)
 from run import InputError
 
 ZERO = np.zeros(3)
@@ -81,6 +81,11 @@ def test_a_room_is_seen_without_its_ceiling_and_its_far_walls_from_inside():
     assert shown[900:1800].all() and not shown[1800:].any()             # the floor, the ceiling
     rows = project(room, camera, 100, 100)[:, 1]
     assert rows[870:900].mean() < rows[900:1800].mean()                 # the far wall is above
+    tall = torch.tensor([[0.5, 0.5, 2.0, 1.0, 1.0, 8.0]])
+    for boxes, inside in ((None, False), (tall, True)):
+        _, camera = into_room(room, boxes)
+        place = project(corners(tall)[0], camera, 100, 100)[:, :2]
+        assert ((0 < place) & (place < 100)).all().item() == inside
 
 
 # --- points ---------------------------------------------------------------------------------------
