@@ -229,7 +229,7 @@ def splat(xyz, H, W, radius, check=None):
               finite numbers. Points outside the picture do no harm; N may be 0
     H, W      pixels, up to 32,768
     radius    of all discs, in pixels, up to 32,768. A disc of more than √½ always covers a centre,
-              one of less than ½ may cover none
+              a smaller one may cover none
     check     raise on NaN, Inf and values beyond 1e18. Always done on the CPU; on CUDA only with
               check=True, since it synchronises host and device. Unchecked, points with NaN or a
               depth of +Inf are left out
