@@ -48,7 +48,9 @@ def saved_settings(args, task, recipe, own, kept, other_data=False):
     free = ["root", "resume", "eval", "device", "workers", "predict", "vote", "export", "clip",
             "official", "skip_broken", "tta", "export_test", *other]
     # of --clip, weights have a hash: `check_frozen`
-    free += ["precision", "batch_size", "scale", "remission"] if args.eval else ["compile"]
+    free += ["precision", "scale", "remission"] if args.eval else ["compile"]
+    if args.eval and task in ("det", "seg") and args.batch_size:        # the others take 64 clouds
+        cfg["recipe"]["batch_size"] = args.batch_size                   # or one scan at a time
     for name, value in vars(args).items():
         was = cfg["recipe"].get(name, cfg.get(name))
         if value is not None and value is not False and value != was and name not in free:

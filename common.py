@@ -249,7 +249,7 @@ def load_clip(name, seed=0, trainable=False):
         model_name, model, tokenizer = whole_clip(base, seed)
         parts = open_clip_parts(model.visual)
         text = model.encode_text, tokenizer             # called under no_grad alone
-    if name.endswith("random"):
+    if is_random(name):
         text = None                         # such a text tower knows no words
     if name != base:                        # the text tower stays: a control differs in one thing
         shuffle(parts, seed)
@@ -259,9 +259,14 @@ def load_clip(name, seed=0, trainable=False):
 def base_of(name):
     """NAME of NAME=shuffled; any other name as it is."""
     base = name.removesuffix("=shuffled")
-    if base != name and base.endswith("random"):
+    if base != name and is_random(base):
         raise InputError(f"--clip {name}: random weights are not worth a shuffle; pass {base}")
     return base
+
+
+def is_random(name):
+    """random or NAME=random, but not a file whose name ends so."""
+    return f"={name}".endswith("=random")
 
 
 def whole_clip(name, seed, used=None):

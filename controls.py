@@ -39,7 +39,7 @@ def ablations_of(clip, text_loss):
 def variants_of(clip, text_loss):
     """-> {row of the table: flags of train_cls.py}, in groups that share the text loss. The first
     of a group is what its others are compared with."""
-    if clip.endswith(("random", "shuffled")):
+    if common.is_random(clip) or clip.endswith("=shuffled"):
         raise InputError(f"--clip {clip}: is a control itself; pass weights that were pretrained")
     loaded = common.load_clip(clip)
     twin = clip if loaded.model == "nano" else loaded.model     # nano=FILE has sizes of its own

@@ -35,7 +35,7 @@ def curves_of(run):
             lines.append(json.loads(text))
             form = {**dict.fromkeys(lines[-1], (None, float)), "epoch": int}
             if "curve" in lines[0]:
-                form = {**FEWSHOT, "curve": [float] * len(lines[0]["curve"])}
+                form = {**FEWSHOT, "curve": [(None, float)] * len(lines[0]["curve"])}
             if misfit(lines[-1], form):
                 raise ValueError
         except Exception:                   # whatever json makes of it
@@ -49,7 +49,8 @@ def curves_of(run):
             what = "{} {}w{}s {}".format(name, *line["setting"], line["variant"])
             episodes.setdefault(what, []).append(line["curve"])
         for what, several in episodes.items():
-            found[what] = {"accuracy": list(enumerate(np.mean(several, 0).tolist(), 1))}
+            mean = np.mean(np.array(several, float), 0).tolist()        # NaN: not tested
+            found[what] = {"accuracy": [(i, x) for i, x in enumerate(mean, 1) if x == x]}
         return found
     for line in lines:
         for metric, value in line.items():

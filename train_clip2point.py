@@ -189,7 +189,9 @@ def load_pairs(cfg, clip, setup):
         jobs = [(source, cfg["up"], recipe.pictures, 2 * points, size) for source in sources]
         tests = [load_test("folder", cfg, points)[0]] if len(jobs) < len(found.objects) else []
     code = [here / "train_clip2point.py", here / "clip2point.py"]
-    sources = sources_of([*code, *files], *jobs[0][2:], len(jobs), cfg["up"], seed)
+    # two models may share weights and hash: QuickGELU and GELU
+    what = clip.model, "bf16" if setup.bf16 else "fp32"
+    sources = sources_of([*code, *files], *jobs[0][2:], len(jobs), cfg["up"], seed, *what)
     path = prepared_folder(place, "pairs") / f"{name}-{len(jobs)}-{seed}-{clip.sha256[:12]}.npz"
     if not is_fresh(path, sources):
         made = in_parallel(work, jobs, cfg["workers"], "object", least=100, chunk=8)
@@ -797,6 +799,9 @@ SAVED = {                                   # forms of the settings that are thi
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
     looks = [name for name in ("zero_shot", "predict", "detections") if getattr(args, name)]
+    training = next((name for name in ("from_scratch", "loss", "temperature", "objects", "epochs",
+                                       "batch_size", "lr", "compile")
+                     if getattr(args, name)), "")
     for wrong, line in (
             (len(looks) > 1, "--zero-shot, --predict and --detections: give one of them"),
             (looks and (args.data or args.resume), "--zero-shot, --predict and --detections "
@@ -809,7 +814,11 @@ def settings(args):
             (args.zero_shot and args.out, "--zero-shot prints and writes nothing; leave --out out"),
             (args.predict and args.root, "--predict takes files; leave --root out"),
             (args.official and (not looks or args.eval), "--init-official gives the depth tower of "
-             "--zero-shot, --predict or --detections")):
+             "--zero-shot, --predict or --detections"),
+            (looks and training, f"--{training.replace('_', '-')} is of pre-training, and "
+             "--zero-shot, --predict and --detections do none; leave it out"),
+            (args.up and not looks and not args.eval and args.data != "folder", "--up is the axis "
+             "that points up in your own data; leave it out")):
         if wrong:
             raise InputError(line)
     own = {"views": args.views, "average": args.average}

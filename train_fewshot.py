@@ -238,14 +238,14 @@ def presample(xyz, recipe, device):
 
 
 @record_function("data")
-def augment(samples, n):
+def augment(samples, n, draw):
     """One of the samples, n of its points, each axis scaled by 2/3 .. 3/2 and shifted by
-    -0.2 .. 0.2: (B, SAMPLES, m, 3) -> (B, n, 3). No rotation."""
+    -0.2 .. 0.2: (B, SAMPLES, m, 3) -> (B, n, 3). No rotation. draw: a torch.Generator."""
     b, s, m, _ = samples.shape
-    device = samples.device
-    points = samples[torch.arange(b, device=device), torch.randint(s, (b,), device=device)]
-    points = points[:, torch.randperm(m, device=device)[:n]]
-    share = torch.rand(2, b, 1, 3, device=device)
+    by = {"device": samples.device, "generator": draw}
+    points = samples[torch.arange(b, device=samples.device), torch.randint(s, (b,), **by)]
+    points = points[:, torch.randperm(m, **by)[:n]]
+    share = torch.rand(2, b, 1, 3, **by)
     return points * (2 / 3 + share[0] * 5 / 6) + (share[1] * 0.4 - 0.2)
 
 
@@ -296,9 +296,11 @@ def train_episode(model, data, test, run, seed, bar):
         steps -= 1                          # too few for batch norm: they join the last full batch
     curve = []
     for epoch in range(recipe.epochs):
-        torch.manual_seed(seed_of(*seed, epoch))
+        torch.manual_seed(seed_of(*seed, epoch))        # dropout
+        # another model may draw other numbers for dropout; clouds and samples stay the same
+        run.draw = torch.Generator(setup.device).manual_seed(seed_of(*seed, epoch))
         model.train()
-        order, loss = torch.randperm(count, device=setup.device), 0
+        order, loss = torch.randperm(count, device=setup.device, generator=run.draw), 0
         for step in range(steps):
             rows = order[step * recipe.batch_size:]
             rows = rows[:recipe.batch_size] if step + 1 < steps else rows
@@ -324,7 +326,8 @@ def train_step(model, optimizer, data, rows, run):
     loss = 0
     for mine in rows.tensor_split(cfg["accumulate"]):
         with setup.autocast():
-            logits, embedding = model(augment(data.xyz[mine], cfg["recipe"]["points"]))
+            points = augment(data.xyz[mine], cfg["recipe"]["points"], run.draw)
+            logits, embedding = model(points)
         terms = loss_terms(logits, embedding, data.label[mine], data.text, cfg["text_loss"])
         part = sum(terms) / len(rows)
         part.backward()
@@ -351,7 +354,11 @@ class Encoders:
         if "shuffled" in cfg["compare"]:
             self.shuffled = self.hold(common.load_clip(f"{clip.name}=shuffled", cfg["seed"]))
         if "random" in cfg["compare"]:
-            self.random = self.hold(common.load_clip(f"{clip.model}=random", cfg["seed"]))
+            # nano=FILE has sizes of its own
+            twin = clip.model
+            if twin == "nano":
+                twin = common.base_of(cfg["clip"]).removesuffix("=random")
+            self.random = self.hold(common.load_clip(f"{twin}=random", cfg["seed"]))
         if "unfreeze" in cfg["compare"]:
             self.unfrozen = common.load_clip(cfg["clip"], cfg["seed"], trainable=True)
             self.unfrozen.text = None
@@ -488,6 +495,8 @@ def main(argv=None):
     classes, form = MODELNET40, f"folds of {cfg['folds']}"
     if data:
         classes, form = data.classes, data.form
+    if args.test_fraction and not cfg.get("split"):
+        raise InputError("--test-fraction: the data have a test set of their own; leave it out")
     cfg["up"] = objects.up_of(form)
     episodes = list_episodes(cfg, data, classes, folder / "episodes" if saved else None)
     for way, shot in cfg["settings"]:

@@ -554,6 +554,8 @@ def train_step(model, optimizer, voxels, parts, run):
 def main(argv=None):
     args = flags(argv)
     cfg, saved, folder = settings(args)
+    if args.remission and cfg["data"] == "synthetic" and not args.predict:
+        raise InputError("--remission belongs to scans from files; leave it out")
     setup = Setup(args.device, cfg["precision"])
     if args.predict or args.export_test:
         return predict(args, folder, cfg, saved, setup)

@@ -565,6 +565,11 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
     (["--zero-shot", "folder", "--data", "folder"], "pre-train nothing"),
     (["--init-official", "x.pth"], "gives the depth tower of --zero-shot, --predict or"),
     (["--temperature", "0"], "--temperature 0.0 must be above 0"),
+    (["--up", "y"], "--up is the axis that points up in your own data; leave it out"),
+    *(([*look, *flag.split()], f"{flag.split()[0]} is of pre-training, and --zero-shot")
+      for look in (["--zero-shot", "folder"], ["--predict", "a.obj", "--classes", "chair"])
+      for flag in ("--from-scratch", "--loss intra", "--temperature 0.7", "--objects 3",
+                   "--epochs 3", "--batch-size 3", "--lr 1", "--compile")),
     (["--predict", "none.obj", "--classes", "chair"], "none.obj: no such file"),
     (["--predict", "none.xyzzy", "--classes", "chair"], "not a format this script reads"),
     (["--zero-shot", "modelnet40", "--root", "nowhere"], "nowhere"),
@@ -600,6 +605,16 @@ def test_the_controls_change_what_they_say(nano):
         assert same == (views == 3)                     # both begin at elevation 25, azimuth 0
     assert c2p.views_for(clip._replace(model="ViT-B-32"), cfg) == "axis6"
     assert c2p.views_for(clip._replace(model="ViT-B-32"), cfg, few=True) == "axis10"
+
+
+def test_features_of_pictures_are_kept_for_one_model_in_one_precision(small, nano, monkeypatch):
+    cfg = {**c2p.settings(c2p.flags(["--clip", nano]))[0], "workers": 1}
+    clip, made, prepare = c2p.load_clip(nano, 0, "cpu"), [], c2p.prepare_pairs
+    monkeypatch.setattr(c2p, "prepare_pairs", lambda *a: made.append(0) or prepare(*a))
+    for model, precision, times in (("nano", "fp32", 1), ("nano", "fp32", 1), ("nano", "bf16", 2),
+                                    ("other", "bf16", 3)):          # weights and hash the same
+        c2p.load_pairs(cfg, clip._replace(model=model), Setup("cpu", precision))
+        assert len(made) == times
 
 
 def test_a_few_objects_and_their_pictures_are_learned(small, nano):

@@ -259,6 +259,7 @@ def test_test_objects_alone_are_evaluated_by_the_runs_names(finished, folder, tm
     (["--resume", "{run}/best.pt"], "holds no optimiser"),
     (["--resume", "{run}", "--eval", "{run}"], "give one of them"),
     (["--eval", "{run}", "--lr", "0.5"], "was trained with lr 0.002, not 0.5"),
+    (["--eval", "{run}", "--batch-size", "3"], "was trained with batch-size 6, not 3; leave"),
     (["--eval", "{run}", "--clip", "random"], "ViT-B-32-quickgelu with the weights"),
     (["--eval", "{run}", "--clip", "timm:test_vit=nowhere.pt"], "no such file: nowhere.pt; if it"),
     (["--batch-size", "1"], "--batch-size 1, --accumulate 1, 20 training clouds: batch norm needs "

@@ -62,6 +62,11 @@ def test_frozen_weights_stay_bit_identical_without_gradient_optimiser_or_checkpo
     assert len(moved) == len(before), set(before) - set(moved)
 
 
+def test_a_file_that_is_called_random_is_not(tmp_path):
+    names = ["random", "nano=random", "timm:vit=random", "nano=random.pt", "nano=not_random"]
+    assert [*map(common.is_random, names)] == [True, True, True, False, False]
+
+
 @pytest.mark.parametrize("name", ["timm", "nano", "nano=shuffled", "random"])
 def test_unfreeze_trains_every_weight_of_clip_that_the_classifier_uses(tiny_clip, name):
     name = tiny_clip if name == "timm" else name

@@ -581,6 +581,12 @@ def test_a_run_evaluates_resumes_and_repeats(small, monkeypatch, capsys):
     assert first["task"] == "det" and 0 <= first["metrics"]["map25"] <= 1
     printed = capsys.readouterr().out
     assert "result   mAP@0.25" in printed and "AR@0.50" in printed
+    taken, make = [], det.make_batch
+    with monkeypatch.context() as patch:                            # for less memory
+        patch.setattr(det, "make_batch", lambda s, *a: taken.append(len(s)) or make(s, *a))
+        det.main(["--eval", "runs/det-synthetic-1", "--batch-size", "1"])
+    assert set(taken) == {1}
+    capsys.readouterr()
     det.main(["--eval", "runs/det-synthetic-1", "--export", "look"])
     assert sorted(p.name for p in Path("look").iterdir()) == [
         "look.png", "room000.json", "room000.ply", "room001.json", "room001.ply"]

@@ -15,6 +15,7 @@ import train_fewshot as fewshot
 from data import objects
 from data.objects import MODELNET40
 from run import InputError
+from test_bench import nano_file
 from test_files import shapes
 from train_fewshot import Data, Objects
 
@@ -279,7 +280,8 @@ def test_samples_come_from_their_cloud_and_differ(small):
 def test_augmented_points_are_one_sample_scaled_and_shifted():
     torch.manual_seed(0)
     samples = torch.randn(5, 4, 75, 3)
-    out = fewshot.augment(samples, 64)                                  # (5, 64, 3)
+    draw = torch.Generator().manual_seed(0)
+    out = fewshot.augment(samples, 64, draw)                            # (5, 64, 3)
     assert out.shape == (5, 64, 3)
     for b in range(5):
         fits = []
@@ -288,7 +290,7 @@ def test_augmented_points_are_one_sample_scaled_and_shifted():
             scale = (out[b].amax(0) - out[b].amin(0)) / (hi - lo)
             fits.append(bool((scale <= 1.5 + 1e-5).all()))
         assert any(fits)
-    flat = fewshot.augment(torch.ones(1000, 4, 75, 3), 64)[:, 0]
+    flat = fewshot.augment(torch.ones(1000, 4, 75, 3), 64, draw)[:, 0]
     assert 2 / 3 - .2 - 1e-5 <= flat.min() < .5 and 1.65 < flat.max() <= 1.7 + 1e-5
 
 
@@ -504,11 +506,30 @@ def test_shots_of_all_classes_are_tested_on_the_whole_test_set(small, capsys):
     (["--way", "2", "--shot", "2", "--accumulate", "3"], "pass a smaller --accumulate|size 6"),
     (["--points", "8", "--groups", "9"], "--groups 9"),
     (["--resume", "nowhere"], "no such checkpoint"),
+    (["--way", "3", "--shot", "2", "--test-fraction", "0.3"], "have a test set of their own"),
 ])
 def test_wrong_arguments_are_one_line(small, words, message):
     with pytest.raises(InputError, match=message) as error:
         fewshot.main([*words, "--clip", small[-1]] if "--resume" not in words else words)
     assert "\n" not in str(error.value) and not Path("runs").exists()
+
+
+def test_dropout_changes_no_sample_of_a_comparison(small, monkeypatch):
+    drawn, augment = [], fewshot.augment
+    monkeypatch.setattr(fewshot, "augment", lambda *a: drawn.append(augment(*a)) or drawn[-1])
+    fewshot.main([*small, "--episodes", "1", "--dropout", "0.3", "--compare",
+                  "frozen,no-transformer"])
+    half = len(drawn) // 2                                          # two epochs of two steps
+    assert half == 4 and all(a.equal(b) for a, b in zip(drawn[:half], drawn[half:]))
+    assert not drawn[0].equal(drawn[1])
+
+
+def test_the_random_twin_of_a_nano_file_has_its_sizes(tmp_path):
+    cfg = fewshot.settings(fewshot.flags(["--clip", f"nano={nano_file(tmp_path)}", "--compare",
+                                          "frozen,random"]))[0]
+    encoders = fewshot.Encoders(cfg, ["chair"], run.Setup("cpu", "fp32"))
+    shapes = [[x.shape for x in clip.buffers()] for clip in (encoders.frozen, encoders.random)]
+    assert shapes[0] == shapes[1] and encoders.frozen.sha256 != encoders.random.sha256
 
 
 def test_comparing_random_with_random_is_refused(small):

@@ -41,6 +41,12 @@ def test_a_few_shot_run_has_a_curve_for_each_variant_the_mean_of_its_episodes(tm
         assert first == (1, 0.2) and last == (2, pytest.approx(0.45))
 
 
+def test_epochs_that_were_not_tested_are_no_points_of_a_curve(tmp_path):
+    lines = [{**line, "curve": [None, *line["curve"], None, 1.0]} for line in SHOTS[:2]]
+    (curves,) = look.curves_of(run_of(tmp_path / "few", lines)).values()
+    assert curves["accuracy"] == [(2, 0.2), (3, pytest.approx(0.45)), (5, 1.0)]
+
+
 @pytest.mark.parametrize("content, words", [
     (None, "metrics.jsonl: no such file; give a run folder"), ("", "is empty"),
     ('{"epoch": 1}\n{"epo', "line 2 is broken"), ("[1]\n", "line 1 is broken")])

@@ -643,6 +643,7 @@ def test_a_recipe_without_sense_is_one_line(small, monkeypatch, change):
     (["--voxel", "0"], "--voxel 0 must be at least 0.001"),
     (["--remission", "-1"], "--remission -1 must be at least 0.001"),
     (["--compile"], "--compile: every scan has its own number of voxels"),
+    (["--remission", "255"], "--remission belongs to scans from files; leave it out"),
     (["--data", "semantickitti", "--root", "nowhere"], "nowhere: no such folder; fetch the velo"),
     (["--data", "semantickitti", "--root", "."], "sequences/00: no such folder, and the run needs"),
     (["--data", "folder", "--root", "."], "train: no clouds; pass --root FOLDER"),
