@@ -31,14 +31,15 @@ import nanoclip
 import render
 from attention import (BATCH, alignments, check_open, cloud_relevance, deletion, layers_of_clouds,
                        layers_of_pictures, load_stem, picture_relevance, projected, settle)
-from checkpoint import COUNT, WHOLE, check_frozen, load_checkpoint, load_weights, misfit, trained
+from checkpoint import (COUNT, WHOLE, check_frozen, checkpoint_form, load_checkpoint, load_weights,
+                        misfit)
 from common import Classifier
 from data import objects
 from data.synthetic_objects import ALL_CLASSES, STRETCH, make_object, scan_as_it_stands, yaw
 from kernels import interpolate
 from run import ABLATIONS, InputError, Parser, Setup, main_guard, seed_of, writing
 
-SYNTHETIC = 2, 20           # seed of the built-in test objects, and how many of each class
+TEST = 20, 2                # built-in test objects of each class, and their seed: train_cls.py's
 LEAST, MOST = 10, 400       # test objects that are looked at, evenly spaced
 VIEW = 25, 35               # elevation, azimuth in degrees: a picture of each object
 SHOWN = 6                   # objects on saliency.png and words.png
@@ -53,7 +54,7 @@ FORM = {"config": {         # what is read of train_cls.py's settings
                "dropout": float, "unit": bool}, "classes": [str], "up": (..., "y", "z"),
     "workers": COUNT, "test_fraction": float, "split": (..., None, [[str], [str]]),
     "text_loss": ("raw", "cosine", "off"), "official": (None, str),
-    **dict.fromkeys(ABLATIONS, bool)}, **trained(sums=4)}
+    **dict.fromkeys(ABLATIONS, bool)}, **checkpoint_form(sums=4)}
 
 
 def load_run(args):
@@ -122,7 +123,7 @@ def load_objects(cfg, size, device):
 
 def built_in(classes, stored):
     """train_cls.py's test clouds, as `object_clouds` scans them, and the meshes as they stand."""
-    (seed, each), xyz, meshes = SYNTHETIC, [], []
+    (each, seed), xyz, meshes = TEST, [], []
     for k, name in enumerate(classes):
         for i in range(each):
             rng = np.random.default_rng([seed, k, i])
@@ -228,7 +229,7 @@ def words_cells(words, objs, classes, rows, width=250, side=128):
     return cells
 
 
-def zero_shot(prompts, classes, label, **features):
+def named_by_prompts(prompts, classes, label, **features):
     """Shares of features (S, E) whose most similar prompt names the object's class; None where no
     object has a class with a prompt."""
     text, names = torch.stack([*prompts.values()]), np.array([*prompts])
@@ -404,14 +405,12 @@ def main(argv=None):
         report.leave_out("tokens.png, correlation.png, deletion.png, tsne.png",
                          "matplotlib is not installed; pip install matplotlib")
 
-    untrained = (layers_of_clouds(model, objs.points),
-                 layers_of_pictures(clip, stem, objs.pictures))
+    untrained = layers_of_clouds(model, objs.points), layers_of_pictures(clip, stem, objs.pictures)
     load_weights(model, saved["model"], where=f"{args.run}: its weights")
     model.eval()
-    clouds, pictures = trained = (layers_of_clouds(model, objs.points),
-                                  layers_of_pictures(clip, stem, objs.pictures))
+    trained = layers_of_clouds(model, objs.points), layers_of_pictures(clip, stem, objs.pictures)
     drawn = layers_of_pictures(clip, stem, objs.drawn)
-    report_layers(report, clip, objs.label, {"control: the cloud drawn": (drawn, pictures),
+    report_layers(report, clip, objs.label, {"control: the cloud drawn": (drawn, trained[1]),
                                              "clouds, untrained": untrained,
                                              "clouds, trained": trained})
     clouds, pictures = (projected(clip, x) for x in trained)            # (S, E)
@@ -466,7 +465,7 @@ def report_prompts(report, clip, classes, label, clouds, pictures):
     prompts, unknown = prompts_of(clip, classes)
     if unknown:
         report.leave_out(f"prompts of {', '.join(unknown)}", f"{clip.name} has no word for them")
-    right = prompts and zero_shot(prompts, classes, label, clouds=clouds, pictures=pictures)
+    right = prompts and named_by_prompts(prompts, classes, label, clouds=clouds, pictures=pictures)
     if right:
         report.numbers["zero_shot"] = right
         print(f"prompts  name {percent(right['pictures'])} of the pictures, and by their class row "

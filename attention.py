@@ -19,7 +19,6 @@ from scipy.special import stdtrit
 from torch import nn
 
 import common
-from checkpoint import load_weights
 from run import InputError
 
 BATCH = 25                  # objects at a time
@@ -98,7 +97,7 @@ def relevance(score, blocks):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 class Stem(NamedTuple):
-    """The start of an image tower, which EPCL leaves away."""
+    """The start of an image tower, which EPCL leaves out."""
     conv: nn.Module         # (B, 3, size, size) -> (B, D, P rows and columns)
     position: torch.Tensor  # (P, D)
     size: int
@@ -110,14 +109,8 @@ def load_stem(name, seed, device):
     """Of a --clip name; that of NAME=shuffled is NAME's."""
     base = common.base_of(name)
     if base.startswith("timm:"):
-        import timm
         vit, _, path = base[5:].partition("=")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            tower = timm.create_model(vit, pretrained=False).eval()
-        if path != "random":
-            load_weights(tower, common.read_weights(path)[0], (*common.TIMM_USED, "patch_embed."),
-                         f"--clip {base}: its weights", vit)
+        tower = common.timm_model(vit, path, seed, (*common.TIMM_USED, "patch_embed."))
         conv, norm = tower.patch_embed.proj, tower.default_cfg
         if conv.in_channels != 3:
             raise InputError(f"--clip {name}: its patch embedding is a network, not one product "
@@ -207,9 +200,9 @@ def interval(x):
 
 # ---- Rows, block by block ------------------------------------------------------------------------
 class Layers(NamedTuple):
-    """Rows after `ln_pre` (0) and after each block (1 .. L)."""
-    cls: torch.Tensor       # (L + 1, S, D) class row
-    mean: torch.Tensor      # (L + 1, S, D) mean of the patch rows
+    """Rows after `ln_pre` (0) and after each block (1 .. N)."""
+    cls: torch.Tensor       # (N + 1, S, D) class row
+    mean: torch.Tensor      # (N + 1, S, D) mean of the patch rows
     numbers: dict           # of what `tokens.png` shows, a value for each layer
 
 
@@ -221,16 +214,16 @@ def layers_of(clip, forward, inputs, patches):
         for part in inputs.split(BATCH):
             forward(part)
             x = torch.stack([blocks[0].before, *(block.after for block in blocks)])
-            x = x[:, :, :1 + patches].double()                          # (L + 1, B, 1 + G, D)
+            x = x[:, :, :1 + patches].double()                          # (N + 1, B, 1 + G, D)
             cls.append(x[:, :, 0])
             mean.append(x[:, :, 1:].mean(2))
-            norm.append(x.norm(dim=3))                                  # (L + 1, B, 1 + G)
-            change.append((x[1:] - x[:-1]).norm(dim=3))                 # (L, B, 1 + G)
-            rows = x[:, :, 1:].flatten(1, 2)                            # (L + 1, B G, D)
+            norm.append(x.norm(dim=3))                                  # (N + 1, B, 1 + G)
+            change.append((x[1:] - x[:-1]).norm(dim=3))                 # (N, B, 1 + G)
+            rows = x[:, :, 1:].flatten(1, 2)                            # (N + 1, B G, D)
             moment, total = moment + rows.mT @ rows, total + rows.sum(1)
     cls, mean, norm, change = (torch.cat(some, 1) for some in (cls, mean, norm, change))
     n = len(inputs) * patches
-    covariance = moment / n - (total[:, :, None] @ total[:, None]) / n ** 2     # (L + 1, D, D)
+    covariance = moment / n - (total[:, :, None] @ total[:, None]) / n ** 2     # (N + 1, D, D)
     of_cls = cls - cls.mean(1, keepdim=True)
     return Layers(cls, mean, {
         "norm_patches": norm[:, :, 1:].mean((1, 2)).tolist(),

@@ -498,7 +498,7 @@ def training(task, device, batch, clip, precision):
     run.begin(0)
     data, rows, cfg["classes"] = random_data(script, task, recipe, setup.device)
     if task == "clip2point":
-        clip = script.load_clip(cfg["clip"], 0, setup.device)
+        clip = script.load_both_towers(cfg["clip"], 0, setup.device)
         data = data._replace(image=torch.randn(recipe.batch_size, 10, clip.visual.output_dim,
                                                device=setup.device))
         model = script.DepthTowers(clip.visual, ["depth"]).to(setup.device)

@@ -1,6 +1,6 @@
 """A saved run, checked once where it is loaded: --resume and --eval begin here.
 
-    cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED, trained(sums=4))
+    cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED, checkpoint_form(sums=4))
     check_frozen(cfg, saved, clip)                  # the frozen weights that it was trained with
     load_weights(model, saved["model"])             # the trained ones
 
@@ -110,7 +110,7 @@ def moments(x):                             # of AdamW, LAMB, SGD, or train_clip
                         {"step", "momentum"}, {"momentum_buffer"}) for part in x.values())
 
 
-def trained(sums):
+def checkpoint_form(sums):
     """The form of what is saved beside the config; sums: the length of `run.sums`."""
     return {"frozen": {"name": str, "sha256": str, "model": (..., str)}, "model": tensors,
             "optimizer": (..., {"state": moments}), "at": {
@@ -129,7 +129,7 @@ def config_form(recipe, own):
 
 
 def misfit(value, form, name="checkpoint"):
-    """-> the name of the first part of `value` that has not its form, None where all have it.
+    """-> the name of the first part of `value` that does not fit its form, or None.
 
     A form is {key: form}; [form] for a list of them, [form, form] for one of two; (form, form) for
     either, with ... for what may be absent; a type; a range of whole numbers; a function that says

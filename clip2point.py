@@ -1,7 +1,7 @@
 """What CLIP2Point needs to see clouds: depth maps, whole CLIPs, the dual-path adapter.
 
     maps = depth_maps(points (B, N, 3), views (V, 3))   (B, V, 224, 224)
-    clip = load_clip("openai", seed=0, device="cpu")    both towers, with the patch embedding
+    clip = load_both_towers("openai", seed=0, device="cpu")    both towers, with the patch embedding
     features, = features_of([clip.visual], clip, points, cfg, setup)    (B, V, E)
     scores = zero_shot(features, text_features(clip, ["chair", "table"]))
 
@@ -21,7 +21,7 @@ from torch.profiler import record_function
 import common
 import nanoclip
 from checkpoint import load_weights
-from kernels import farthest_point_sample, splat
+from kernels import splat
 from run import InputError
 
 #     elevation, azimuth in degrees: the release's views
@@ -109,9 +109,7 @@ def y_up(xyz, up="z"):
 
 def farthest(xyz, points):
     """The farthest points of clouds (S, P, 3), as the release takes them of ScanObjectNN's."""
-    if xyz.shape[1] == points:
-        return xyz
-    return torch.cat([common.gather(x, farthest_point_sample(x, points)) for x in xyz.split(64)])
+    return xyz if xyz.shape[1] == points else common.farthest(xyz, points)
 
 
 # ---- CLIP, whole ---------------------------------------------------------------------------------
@@ -126,10 +124,10 @@ def radius_of(size):
 class Clip(NamedTuple):
     """CLIP, whole: what --clip names, with its patch embedding."""
     name: str
-    model: str                              # what is computed, wherever the weights are
+    model: str                              # its architecture, wherever the file of weights lies
     sha256: str                             # of the image tower
     visual: nn.Module                       # pictures (B, 3, size, size) -> (B, E), frozen
-    encode: Callable                        # texts -> (n, E)
+    encode: Callable                        # texts -> (n, E), of length 1
     scale: float                            # of the cosines
     mean: torch.Tensor                      # (3, 1, 1), of a picture in 0 .. 1
     std: torch.Tensor
@@ -152,7 +150,7 @@ class Clip(NamedTuple):
         return (pictures - self.mean) / self.std                        # (B, 3, size, size)
 
 
-def load_clip(name, seed, device):
+def load_both_towers(name, seed, device):
     base = common.base_of(name)
     if base.startswith("timm:"):
         raise InputError(f"--clip {name}: has no text tower, and CLIP2Point names by prompts")
@@ -204,7 +202,7 @@ def below(prefix, weights):
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
-def text_features(clip, names, flag="--classes"):
+def text_features(clip, names):
     """CLIP's features of the prompts of class names (C, E), of length 1."""
     try:
         return clip.encode([PROMPT.format(name) for name in names])
@@ -213,8 +211,8 @@ def text_features(clip, names, flag="--classes"):
         forty = [name.replace("_", " ") for name in ALL_CLASSES]
         near = [f"{name!r} (near it: {', '.join(difflib.get_close_matches(name, forty, 3, 0))})"
                 for name in names if not knows(clip, name)]
-        raise InputError(f"{flag}: nano-CLIP knows its forty classes, not {', '.join(near[:3])}; "
-                         "--clip openai knows all words") from None
+        raise InputError("--classes: nano-CLIP knows its forty classes, not "
+                         f"{', '.join(near[:3])}; --clip openai knows all words") from None
 
 
 def knows(clip, name):
@@ -268,7 +266,7 @@ def zero_shot(features, text):
 class Adapter(nn.Module):
     """Features of V views (B, V, E) -> one (B, E). Release, models/adapter.py.
 
-    The paper's gate is the ratio of each view. There is no path around it to the features.
+    The paper's gate is the ratio of each view. No residual connection leads around it.
     """
 
     def __init__(self, views, width):
@@ -290,7 +288,7 @@ class DualPathAdapter(nn.Module):
     depth, image (B, V, E) -> (B, E). 5.77 million weights for ten views of 512 numbers.
     """
 
-    def __init__(self, views=10, width=512):
+    def __init__(self, views, width):
         super().__init__()
         self.depth, self.image = Adapter(views, width), Adapter(views, width)
 

@@ -7,9 +7,11 @@
     3  FrozenCLIP       CLIP's image transformer, never trained            Figure 3
     4  EPCLEncoder      1 and 2 through 3: the method                      Figure 3, eq. (5)
     5  Classifier       the head that names an object, and its loss        section 3.2.2
+    6  farthest, ...    what the scripts share beside the model
 
-Shapes: B clouds, N points, C extra channels, G patches ("groups"), K neighbours, T task tokens, L
-tokens of a cloud, D width of the transformer, E width of CLIP's image-text space. Coordinates are
+Shapes: B clouds, N points, C classes (in the tokenizer: extra channels of a point), G patches
+("groups"), K neighbours, T task tokens, L tokens of a cloud, D width of the transformer, E width of
+CLIP's image-text space. Coordinates are
 x, y, z in the unit of the data; a script says where it normalises them.
 """
 import hashlib
@@ -34,33 +36,11 @@ from run import InputError, all_reduce, check_weights, rank, weights_of, world_s
 # ---- 1. Point tokenizer --------------------------------------------------------------------------
 def gather(values, idx):
     """Rows of each cloud: values (B, N, C), idx (B, ...) -> (B, ..., C)."""
-    if values.requires_grad and use_triton(values):     # there torch's gradient is not repeatable
+    if values.requires_grad and use_triton(values):
+        # torch's own gradient, a scatter-add, differs from run to run on a GPU
         return group(values, idx)
     rows = idx.flatten(1)[..., None].expand(-1, -1, values.shape[-1])
     return values.gather(1, rows).view(*idx.shape, values.shape[-1])
-
-
-def random_rows(inside, count, draw):
-    """`shuffled` of the rows where `inside` (N,) holds, without host-device synchronisation.
-
-    draw: a torch.Generator on the device of `inside`.
-    """
-    device, N = inside.device, len(inside)
-    key = torch.rand(N, device=device, generator=draw).masked_fill_(~inside, 2.0)
-    rows = key.topk(min(count, N), largest=False).indices               # those inside come first
-    found = inside.sum()
-    again = (torch.rand(count, device=device, generator=draw) * found).long().minimum(found - 1)
-    position = torch.arange(count, device=device)
-    return rows[torch.where(position < found, position, again.clamp_min(0))]
-
-
-def shuffled(n, count, draw):
-    """`count` of n rows in random order; all of them and then some again if there are fewer."""
-    rows = torch.randperm(n, device=draw.device, generator=draw)[:count]
-    if n < count:
-        again = torch.randint(n, (count - n,), device=draw.device, generator=draw)
-        rows = torch.cat([rows, again])
-    return rows
 
 
 class PointTokenizer(nn.Module):
@@ -83,16 +63,18 @@ class PointTokenizer(nn.Module):
 
     def forward(self, points, lengths=None):
         xyz = points[..., :3].contiguous()                              # (B, N, 3)
-        idx = farthest_point_sample(xyz, self.groups, lengths=lengths)  # (B, G)
-        centers = gather(xyz, idx)                                      # (B, G, 3)
+        chosen = farthest_point_sample(xyz, self.groups, lengths=lengths)       # (B, G)
+        centers = gather(xyz, chosen)                                   # (B, G, 3)
         _, idx = knn(centers, xyz, self.neighbours, lengths)            # (B, G, K)
         patches = gather(points, idx)                                   # (B, G, K, 3 + C)
         offset = patches[..., :3] - centers[:, :, None]                 # not scaled, as released
         x = self.first(torch.cat([offset, patches[..., 3:]], -1))       # (B, G, K, 256)
-        joint = self.second[0]      # reads [maximum of the patch | point]: the first once a patch
-        of_patch, of_point = joint.weight.split(256, 1)
+        # second[0] reads [maximum over the patch | point]. The first half is the same for all K
+        # points and multiplied once for each patch
+        joint = self.second[0]
+        of_patch, of_point = joint.weight.split(256, 1)                 # (512, 256) each
         x = F.linear(x, of_point, joint.bias) + F.linear(x.amax(2, keepdim=True), of_patch)
-        return self.second[1:](x).amax(2), centers                      # (B, G, D), (B, G, 3)
+        return self.second[1:](x).amax(2), centers      # x (B, G, K, 512) -> (B, G, D); (B, G, 3)
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -117,18 +99,6 @@ class BatchNorm(nn.BatchNorm1d):
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
         out = (rows - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
         return out.to(x.dtype).view(x.shape)
-
-
-def check_batch(clouds, cfg):
-    """One line before training if a part of a step would hold a single row for batch norm."""
-    batch, parts = cfg["recipe"]["batch_size"], cfg["accumulate"]
-    least = max(2, world_size()) * parts
-    if min(clouds, batch) < least:
-        cure = f"pass --batch-size {least} or more"
-        if clouds < least:
-            cure = "pass a smaller --accumulate" if parts > 1 else "add training clouds"
-        raise InputError(f"--batch-size {batch}, --accumulate {parts}, {clouds} training clouds: "
-                         f"batch norm needs two clouds in each part of a step; {cure}")
 
 
 # ---- 2. Task token -------------------------------------------------------------------------------
@@ -168,8 +138,8 @@ class FrozenCLIP(nn.Module):
 
     class_token, class_position (D,); ln_pre; blocks, each (B, L, D) -> (B, L, D), attending over
     the L tokens of one cloud; ln_post; proj (D, E) or None. trainable=True leaves the weights as
-    parameters: the paper's "w/o CLIP frozen", Table 4. name: of --clip; model: the part of it that
-    says what is computed, wherever the weights are.
+    parameters: the paper's "w/o CLIP frozen", Table 4. name: as --clip gave it. model: its
+    architecture, ViT-B-32-quickgelu for example, wherever the file of weights lies.
     """
 
     def __init__(self, name, model, parts, text=None, trainable=False):
@@ -177,7 +147,7 @@ class FrozenCLIP(nn.Module):
         for part, value in parts.items():
             setattr(self, part, value)
         self.name, self.model, self.text, self.trainable = name, model, text, trainable
-        self.no_text = "has no text tower"                              # why, where text is None
+        self.no_text = "has no text tower"      # why there is no text loss: `prompt_features`
         self.width = len(self.class_token)
         self.embed = self.width if self.proj is None else self.proj.shape[1]
         self.sha256 = fingerprint(self.named_parameters())
@@ -225,32 +195,18 @@ CLIP_NAMES = ("openai, MODEL/TAG of open_clip (ViT-B-16/laion2b_s34b_b88k), ViT-
               "nano=FILE (what train_clip.py wrote); untrained: random, MODEL=random, "
               "timm:NAME=random, nano[=FILE]=random; permuted within each matrix, texts as before: "
               "NAME=shuffled, for any NAME that has weights")
-WARNINGS = {
-    "random": "the transformer has RANDOM weights: these numbers say nothing about CLIP",
-    "shuffled": "the transformer has SHUFFLED weights: these numbers say nothing about CLIP",
-    "nano": "nano-CLIP is small and saw procedural objects: these numbers say nothing about CLIP"}
-
-
-def print_warning(run, name):
-    """What numbers with a --clip name are not worth, if anything."""
-    kind = re.split("[=:]", name)[-1]
-    kind = kind if kind in ("random", "shuffled") else name.split("=")[0]
-    if kind in WARNINGS:
-        run.print(f"warning  {WARNINGS[kind]}")
-
-
 def load_clip(name, seed=0, trainable=False):
-    """FrozenCLIP from a --clip name (`CLIP_NAMES`). What is random or shuffled, is so by `seed`."""
+    """FrozenCLIP from a --clip name (`CLIP_NAMES`). Random and shuffled weights follow `seed`."""
     base = base_of(name)
     if base.startswith("timm:"):
         vit, _, path = base[5:].partition("=")
-        model_name, parts, text = f"timm:{vit}", timm_parts(vit, path, seed), None
+        model_name, parts, text = f"timm:{vit}", timm_parts(timm_model(vit, path, seed)), None
     else:
         model_name, model, tokenizer = whole_clip(base, seed)
         parts = open_clip_parts(model.visual)
-        text = model.encode_text, tokenizer             # called under no_grad alone
+        text = model.encode_text, tokenizer             # only called under no_grad
     if is_random(name):
-        text = None                         # such a text tower knows no words
+        text = None                         # an untrained text tower knows no words
     if name != base:                        # the text tower stays: a control differs in one thing
         shuffle(parts, seed)
     return FrozenCLIP(name, model_name, parts, text, trainable)
@@ -270,14 +226,14 @@ def is_random(name):
 
 
 def whole_clip(name, seed, used=None):
-    """-> what is computed, CLIP with both towers, its tokenizer. used: of `from_open_clip`."""
+    """-> architecture, CLIP with both towers, its tokenizer. used: of `from_open_clip`."""
     if name == "nano" or name.startswith("nano="):
         return nano(name, seed)
     return from_open_clip(name, seed, used)
 
 
 def nano(name, seed):
-    """-> what is computed, the CLIP that train_clip.py made, or an untrained twin, its words."""
+    """-> architecture, the CLIP that train_clip.py made, or an untrained twin, its words."""
     import nanoclip
     path = name.removesuffix("=random").removeprefix("nano").removeprefix("=")
     return "nano", *nanoclip.load(path or None, seed if name.endswith("=random") else None)
@@ -338,7 +294,8 @@ VISUAL_USED = ("class_embedding", "positional_embedding", "ln_", "transformer.",
 OPEN_CLIP_USED = (*(f"visual.{name}" for name in VISUAL_USED), "token_embedding", "transformer.",
                   "positional_embedding", "ln_final", "text_projection")
 TIMM_USED = ("cls_token", "pos_embed", "norm", "blocks.")
-BOXES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "base_model")  # as timm
+# keys under which a file may hold its state dict; as timm
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "base_model")
 
 
 def open_clip_model(model_name, tag=None, seed=0):
@@ -383,11 +340,9 @@ def open_clip_parts(visual):
             "ln_post": visual.ln_post, "proj": visual.proj}
 
 
-def timm_parts(name, path, seed):
-    """The same parts of a plain ViT of timm: the paper's frozen ImageNet ViT, Table 6.
-
-    timm's ViT has exact GELU, no ln_pre and no projection. path "random" draws untrained weights.
-    """
+def timm_model(name, path, seed, used=TIMM_USED):
+    """timm's plain ViT in eval mode: the paper's frozen ImageNet ViT, Table 6. path "random" draws
+    untrained weights. used: the beginnings of the names of weights that `path` must have."""
     import timm
     if not path:
         raise InputError(f"--clip timm:{name}: weights come from a file; write timm:{name}=FILE, "
@@ -401,8 +356,13 @@ def timm_parts(name, path, seed):
     if not isinstance(vit, timm.models.VisionTransformer) or vit.cls_token is None:
         raise InputError(f"--clip timm:{name}: not a ViT with a class token; choose another")
     if path != "random":
-        load_weights(vit, read_weights(path)[0], TIMM_USED,
+        load_weights(vit, read_weights(path)[0], used,
                      f"--clip timm:{name}={path}: its weights", name)
+    return vit
+
+
+def timm_parts(vit):
+    """The parts of `open_clip_parts`; timm's ViT has exact GELU, no ln_pre and no projection."""
     position = torch.zeros(vit.embed_dim) if vit.no_embed_class else vit.pos_embed[0, 0].detach()
     return {"class_token": nn.Parameter(vit.cls_token[0, 0].detach().clone()),
             "class_position": nn.Parameter(position.clone()), "ln_pre": vit.norm_pre,
@@ -413,7 +373,7 @@ def read_weights(path, flag="--clip"):
     """-> state dict in float32, and whether the file is a TorchScript archive: OpenAI's form.
 
     No pickle is trusted: .safetensors, torch.load(weights_only=True), or TorchScript. Weights may
-    lie in one of BOXES, beside what else a training saved.
+    lie under one of WRAPPERS, beside what else a training saved.
     """
     check_weights(path, flag)
     archive = False
@@ -428,8 +388,9 @@ def read_weights(path, flag="--clip"):
                     state = torch.load(path, map_location="cpu", weights_only=True)
                 except RuntimeError:
                     state, archive = torch.jit.load(path, map_location="cpu").state_dict(), True
-        for _ in BOXES:                     # one in the other; a box in itself is no weights
-            state = next((state[box] for box in BOXES if isinstance(state.get(box), dict)), state)
+        for _ in WRAPPERS:                  # one in the other; a file may hold itself: it must end
+            state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)),
+                         state)
         state = {name.removeprefix("module."): w.float() for name, w in state.items()
                  if isinstance(w, torch.Tensor)}
     except Exception as error:
@@ -454,28 +415,29 @@ class EPCLEncoder(nn.Module):
 
     tokens (B, G, D), centers (B, G, 3) -> Features.
 
-    task_tokens: T. class_token: put CLIP's in front; the detector has none. project: whether the
+    task_tokens: T. with_class_token: CLIP's in front; the detector has none. project: whether the
     head reads `clip.project`; what nothing reads is not trained, unfrozen or not. dropout: before
     `ln_pre`; the paper's supplement says 0.3, the released classifier has 0.
 
-    Variants: task_token=False, Table 6. deep_prompt=True, Table 8: fresh tokens for every block.
-    transformer=False: the patch tokens as they come, a control that the paper leaves out.
+    Variants: with_task_token=False, Table 6. deep_prompt=True, Table 8: fresh tokens for every
+    block. transformer=False: the patch tokens as they come, a control that the paper leaves out.
     """
 
-    def __init__(self, clip, task_tokens, dropout=0.0, class_token=True, task_token=True,
-                 deep_prompt=False, transformer=True, project=False):
+    def __init__(self, clip, task_tokens, dropout=0.0, with_class_token=True,
+                 with_task_token=True, deep_prompt=False, transformer=True, project=False):
         super().__init__()
-        self.class_token, self.transformer = class_token, transformer
+        self.with_class_token, self.transformer = with_class_token, transformer
         self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, clip.width))
         self.dropout = nn.Dropout(dropout)
-        self.clip, self.task, self.prompts = clip if transformer else None, None, None
+        self.clip = clip if transformer else None
+        self.task = self.prompts = None
         if transformer and deep_prompt:
             prompts = torch.randn(len(clip.blocks), task_tokens, clip.width)
             self.prompts = nn.Parameter(0.02 * prompts)                 # (blocks, T, D)
-        elif transformer and task_token:
+        elif transformer and with_task_token:
             self.task = TaskToken(task_tokens, clip.width)
         if transformer and clip.trainable:
-            unread = [] if class_token else [clip.class_token, clip.class_position]
+            unread = [] if with_class_token else [clip.class_token, clip.class_position]
             unread += [] if project else [*clip.ln_post.parameters(), clip.proj]
             for weight in unread:
                 if weight is not None:
@@ -487,10 +449,10 @@ class EPCLEncoder(nn.Module):
         if not self.transformer:
             x = self.dropout(x)
             return Features(None, x, x[:, G:])
-        if self.class_token:
+        if self.with_class_token:
             x = torch.cat([self.clip.start().expand(B, -1, -1), x], 1)  # (B, 1 + G, D)
         x = self.clip.ln_pre(self.dropout(x))
-        own = x.shape[1]
+        own = x.shape[1]                                                # rows of the cloud itself
         if self.task is not None:                                       # after ln_pre, no position
             x = torch.cat([x, self.task().expand(B, -1, -1)], 1)        # (B, 1 + G + T, D)
         with plain_attention(x):
@@ -498,53 +460,16 @@ class EPCLEncoder(nn.Module):
                 if self.prompts is not None:
                     x = torch.cat([x[:, :own], self.prompts[i].expand(B, -1, -1)], 1)
                 x = block(x)                                    # x + MSA(LN x), + MLP(LN x)
-        return Features(x[:, 0] if self.class_token else None, x[:, own - G:own], x[:, own:])
+        return Features(x[:, 0] if self.with_class_token else None, x[:, own - G:own],
+                        x[:, own:])
 
 
 def plain_attention(x):
-    """For a few tokens (B, L, D) in bf16 on a CPU: the gradient of torch's fused attention takes
-    four times as long there as that of the plain one (torch 2.14, AMD EPYC, 35 to 75 tokens; from
-    257 on less). Same result but for rounding."""
+    """For few tokens (B, L, D) in bf16 on a CPU: with 35 to 75 of them the gradient of torch's
+    fused attention takes four times as long as that of its plain one (torch 2.14, AMD EPYC). Same
+    result but for rounding."""
     few = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[1] < 128
     return sdpa_kernel(SDPBackend.MATH) if few else nullcontext()
-
-
-def encoder_options(cfg):
-    """The recipe's dropout and the ablations, as EPCLEncoder takes them."""
-    return {"dropout": cfg["recipe"]["dropout"], "task_token": not cfg["no_task_token"],
-            "deep_prompt": cfg["deep_prompt"], "transformer": not cfg["no_transformer"]}
-
-
-def sizes(model):
-    """Numbers of weights: trained, frozen."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    for module in model.modules():
-        if isinstance(module, FrozenCLIP):
-            frozen += sum(b.numel() for b in module.buffers())
-    return trained, frozen
-
-
-def to_device(model, saved, setup):
-    """Load trained weights, if there are any; hold frozen ones in bf16 if products are in bf16."""
-    if saved and saved["model"] is not None:
-        load_weights(model, saved["model"], where=f"{saved['file']}: its weights")
-    clip = model.encoder.clip
-    if setup.bf16 and clip is not None and not clip.trainable:
-        clip.half_weights()
-    return model.to(setup.device)
-
-
-def print_model(run, model, clip, what=""):
-    """The lines of a run's log that name its model and the weights of the transformer."""
-    trained, frozen = sizes(model)
-    encoder = "left out"
-    if model.encoder.transformer:
-        encoder = f"{clip.name}, {'trained, too' if clip.trainable else 'frozen'}"
-    run.print(f"model    {trained:,} weights trained, {frozen:,} frozen; {what}transformer "
-              f"{encoder}")
-    if model.encoder.transformer:
-        print_warning(run, clip.name)
 
 
 # ---- 5. The head that names an object, and its loss ----------------------------------------------
@@ -575,9 +500,9 @@ class Classifier(nn.Module):
 
     def read(self, cls, patches, tasks):                        # `Features`
         rows = torch.cat([patches, tasks], 1)                   # task rows, too, as released
-        x = self.norm(rows).amax(1)                             # (B, 768)
+        x = self.norm(rows).amax(1)                             # (B, D)
         if cls is not None:
-            x = torch.cat([self.encoder.clip.project(cls), x], 1)       # (B, 512 + 768)
+            x = torch.cat([self.encoder.clip.project(cls), x], 1)       # (B, E + D)
         embedding = self.embed(x)                               # (B, 512)
         return self.head(embedding), embedding
 
@@ -610,3 +535,96 @@ def loss_terms(logits, embedding, label, text, kind):
     if kind == "cosine":
         embedding, text = TEXT_SCALE * F.normalize(embedding, dim=1), F.normalize(text, dim=1)
     return head, F.cross_entropy(embedding @ text.T, label, reduction="sum")
+
+
+# ---- 6. What the scripts share beside the model --------------------------------------------------
+def farthest(xyz, count, batch=64):
+    """The `count` farthest points of each cloud, from index 0: (S, N, 3) -> (S, count, 3)."""
+    return torch.cat([gather(x, farthest_point_sample(x, count)) for x in xyz.split(batch)])
+
+
+def any_rows(n, count, draw):
+    """`count` of n rows in random order; all of them and then some again if there are fewer."""
+    rows = torch.randperm(n, device=draw.device, generator=draw)[:count]
+    if n < count:
+        again = torch.randint(n, (count - n,), device=draw.device, generator=draw)
+        rows = torch.cat([rows, again])
+    return rows
+
+
+def random_rows(inside, count, draw):
+    """As `any_rows`, of the rows where `inside` (N,) holds, one at least: (count,).
+
+    The host never waits for the device. draw: a torch.Generator there.
+    """
+    device, N = inside.device, len(inside)
+    key = torch.rand(N, device=device, generator=draw).masked_fill_(~inside, 2.0)
+    rows = key.topk(min(count, N), largest=False).indices               # those inside come first
+    found = inside.sum()                    # a tensor: .item() would wait
+    again = (torch.rand(count, device=device, generator=draw) * found).long().minimum(found - 1)
+    position = torch.arange(count, device=device)
+    return rows[torch.where(position < found, position, again.clamp_min(0))]
+
+
+def check_batch(clouds, cfg):
+    """One line before training if a part of a step would hold a single row for batch norm."""
+    batch, parts = cfg["recipe"]["batch_size"], cfg["accumulate"]
+    least = max(2, world_size()) * parts
+    if min(clouds, batch) < least:
+        cure = f"pass --batch-size {least} or more"
+        if clouds < least:
+            cure = "pass a smaller --accumulate" if parts > 1 else "add training clouds"
+        raise InputError(f"--batch-size {batch}, --accumulate {parts}, {clouds} training clouds: "
+                         f"batch norm needs two clouds in each part of a step; {cure}")
+
+
+def encoder_options(cfg):
+    """The recipe's dropout and the ablations, as EPCLEncoder takes them."""
+    return {"dropout": cfg["recipe"]["dropout"], "with_task_token": not cfg["no_task_token"],
+            "deep_prompt": cfg["deep_prompt"], "transformer": not cfg["no_transformer"]}
+
+
+def to_device(model, saved, setup):
+    """Load trained weights, if there are any; hold frozen ones in bf16 if products are in bf16."""
+    if saved and saved["model"] is not None:
+        load_weights(model, saved["model"], where=f"{saved['file']}: its weights")
+    clip = model.encoder.clip
+    if setup.bf16 and clip is not None and not clip.trainable:
+        clip.half_weights()
+    return model.to(setup.device)
+
+
+def sizes(model):
+    """Numbers of weights: trained, frozen."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    for module in model.modules():
+        if isinstance(module, FrozenCLIP):
+            frozen += sum(b.numel() for b in module.buffers())
+    return trained, frozen
+
+
+def print_model(run, model, clip, what=""):
+    """The lines of a run's log that name its model and the weights of the transformer."""
+    trained, frozen = sizes(model)
+    encoder = "left out"
+    if model.encoder.transformer:
+        encoder = f"{clip.name}, {'trained, too' if clip.trainable else 'frozen'}"
+    run.print(f"model    {trained:,} weights trained, {frozen:,} frozen; {what}transformer "
+              f"{encoder}")
+    if model.encoder.transformer:
+        print_warning(run, clip.name)
+
+
+WARNINGS = {
+    "random": "the transformer has RANDOM weights: these numbers say nothing about CLIP",
+    "shuffled": "the transformer has SHUFFLED weights: these numbers say nothing about CLIP",
+    "nano": "nano-CLIP is small and saw procedural objects: these numbers say nothing about CLIP"}
+
+
+def print_warning(run, name):
+    """What numbers with a --clip name are not worth, if anything."""
+    kind = re.split("[=:]", name)[-1]
+    kind = kind if kind in ("random", "shuffled") else name.split("=")[0]
+    if kind in WARNINGS:
+        run.print(f"warning  {WARNINGS[kind]}")

@@ -62,7 +62,7 @@ def build(config, words):
     config: the settings of open_clip's `CLIP`, and `stem`: channels of the first convolution. A few
     3 x 3 convolutions of stride 2 stand for the patch embedding: with few pictures they learn
     faster than one product per patch (Xiao et al. 2021, "Early convolutions help transformers").
-    EPCL leaves both away.
+    EPCL leaves out both.
     """
     from open_clip.model import CLIP                    # takes seconds
     config = dict(config)

@@ -2,12 +2,12 @@
 
 The loop stands in the script, inside this frame:
 
-    with run.stopper:                                   # Ctrl-C, SIGTERM: it ends after a step
-        for epoch in run.epochs(model, optimizer):      # resumes, seeds, saves
-            for step in run.steps(count):               # progress bar, learning rate
-                run.sums += train_step(...)             # forward, loss, backward, step
-            loss, n = run.totals("loss")                # over all processes, finite
-            run.row(score, cells, loss=loss / n)        # table, metrics.jsonl, last.pt, best.pt
+    with run.stopper:                           # Ctrl-C, SIGTERM: it ends after a step
+        for epoch in run.epochs(model, optimizer, columns):     # resumes, seeds, saves
+            for step in run.steps(count):                       # progress bar, learning rate
+                run.sums += train_step(...)                     # forward, loss, backward, step
+            loss, n = run.totals("loss")                        # over all processes, finite
+            run.row(score, cells, loss=loss / n)                # table, metrics.jsonl, *.pt
 """
 import argparse
 import contextlib
@@ -163,7 +163,7 @@ def shared_settings(args, recipe, synthetic_clip="nano"):
 
 
 def check_places(args):
-    """What can be said before the data are read, which may take minutes: of weights, of --out."""
+    """Check --clip and --out before the data are read, which may take minutes."""
     if args.clip and (file := weights_of(args.clip)):
         check_weights(file, "--clip")
     if getattr(args, "official", None):
@@ -177,6 +177,7 @@ def check_places(args):
 def weights_of(clip):
     """The file that a --clip name names, or None."""
     name, _, file = clip.removesuffix("=shuffled").partition("=")
+    file = file.removesuffix("=random")     # nano=FILE=random has the sizes of FILE
     if file:
         return None if file == "random" else file
     return name if Path(name).suffix in WEIGHTS else None
@@ -271,7 +272,7 @@ def all_reduce(x):
 
 
 def my_rows(total, part=0, parts=1):
-    """(first, last) of this process's share of `total` rows; part of parts when accumulating."""
+    """This process's share of `total` rows, first .. last - 1; part of parts when accumulating."""
     first, last = rank() * total // world_size(), (rank() + 1) * total // world_size()
     n = last - first
     return first + part * n // parts, first + (part + 1) * n // parts
@@ -346,13 +347,13 @@ class Run:
 
     # --- the frame of the loop
 
-    def epochs(self, model, optimizer, head):
-        """The epochs that are left. `head`: the columns of the table, up to the learning rate.
+    def epochs(self, model, optimizer, columns):
+        """The epochs that are left. columns: the head of the table, up to the learning rate.
 
         Random numbers follow from --seed, epoch and step: for data from `draw`, the same in all
         processes, for dropout from torch's global generators, seeded anew in every step.
         """
-        self.model, self.optimizer, self.head, resumed = model, optimizer, head, ""
+        self.model, self.optimizer, self.columns, resumed = model, optimizer, columns, ""
         if self.saved:
             self.restore()
             resumed = f", resumed after {self.at['epoch']} epochs and {self.at['step']} steps"
@@ -373,7 +374,7 @@ class Run:
             if any(x.shape not in ((), p.shape) for p, moments in optimizer.state.items()
                    for x in moments.values()):
                 raise ValueError
-            if self.at["step"]:
+            if self.at["step"]:             # refused here, not after the data of an epoch
                 torch.Generator(self.setup.device).set_state(saved["draw"])
         except Exception:                   # whatever torch makes of it
             raise InputError(f"{self.folder}: its optimizer or draw does not fit this model and "
@@ -432,7 +433,7 @@ class Run:
             at.update(best=score, best_epoch=epoch + 1)
         at.update(epoch=epoch + 1, step=0, sums=[], seconds=at["seconds"] + seconds)
         if self.rows % 20 == 0:
-            self.print(f"{self.head}        lr      s  left")
+            self.print(f"{self.columns}        lr      s  left")
         self.rows += 1
         left = seconds * (self.cfg["recipe"]["epochs"] - epoch - 1) / 60
         self.print(f"{epoch + 1:5d} {cells}  {rate:8.2e} {seconds:6.1f} {left:4.0f} m"
@@ -574,8 +575,8 @@ def main_guard(main):
         barrier()                           # all have done their work
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)                   # does the first one say it, torchrun ends us meanwhile
-        print("error:", str(error).replace("\n", "\\n"), file=sys.stderr)      # of a file's name
+            time.sleep(3)                   # if rank 0 says it, torchrun ends this one meanwhile
+        print("error:", str(error).replace("\n", "\\n"), file=sys.stderr)      # in a file's name
         sys.exit(2)
     except OSError as error:                # no permission, a file where a folder should be
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import nanoclip
 import render
-from checkpoint import load_weights, misfit, saved_settings, trained
+from checkpoint import checkpoint_form, load_weights, misfit, saved_settings
 from data import objects
 from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder, save_npz,
                            sources_of)
@@ -326,9 +326,9 @@ def train(model, tokenize, data, test, run):
     steps = len(about) // recipe.batch_size
     if not steps:
         raise InputError(f"--batch-size {recipe.batch_size}: there are {len(about)} pictures")
-    head = "epoch     loss  train %  held-out %  4 views %"
+    columns = "epoch     loss  train %  held-out %  4 views %"
 
-    for epoch in run.epochs(model, optimizer, head):
+    for epoch in run.epochs(model, optimizer, columns):
         order = np.random.default_rng([cfg["seed"], epoch]).permutation(len(about))
         for step in run.steps(steps):
             rows = np.sort(order[step * recipe.batch_size:][:recipe.batch_size])
@@ -447,7 +447,7 @@ def flags(argv):
 
 
 SAVED = {"data": "synthetic", "clip": None}             # forms of what is this script's own
-KEPT = {**trained(sums=3), "frozen": None}
+KEPT = {**checkpoint_form(sums=3), "frozen": None}
 
 
 def check_sizes(folder, r):                 # no flag changes them

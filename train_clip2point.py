@@ -33,9 +33,10 @@ from tqdm import tqdm
 import common
 import nanoclip
 import render
-from checkpoint import WHOLE, check_frozen, config_form, load_weights, saved_settings, trained
+from checkpoint import (WHOLE, check_frozen, checkpoint_form, config_form, load_weights,
+                        saved_settings)
 from clip2point import (AXIS10, VIEWS, DualPathAdapter, cameras, depth_maps, farthest, features_of,
-                        knows, load_clip, pictures_of, text_features, tower_of, untrained,
+                        knows, load_both_towers, pictures_of, text_features, tower_of, untrained,
                         views_for, y_up, zero_shot)
 from data import objects
 from data.files import columns, read_boxes, read_json, read_ply, reading
@@ -86,8 +87,8 @@ ADAPTER = {"batch": 32, "lr": 1e-3, "weight_decay": 1e-4}      # release, fewsho
 # ---- Data: objects -> clouds, views and the features of their pictures, in memory ----------------
 class Pairs(NamedTuple):
     """What a step draws from. y is up."""
-    xyz: torch.Tensor                       # (S, P, 3) float32
-    scan: torch.Tensor                      # (S, P, 3) partial scans of them, or (0,)
+    xyz: torch.Tensor                       # (S, P, 3) float32, P twice the points of a cloud
+    scan: torch.Tensor                      # (S, P, 3) partial scans of them, or (S, 0, 3)
     views: torch.Tensor                     # (S, V, 2) elevation, azimuth of the pictures
     image: torch.Tensor                     # (S, V, E) the frozen tower's features of the pictures
     label: torch.Tensor                     # (S,); the controls alone read it
@@ -99,7 +100,7 @@ class Test(NamedTuple):
     label: torch.Tensor                     # (S,)
 
 
-def draw_object(vertices, faces, views, size, rng):
+def draw_views(vertices, faces, views, size, rng):
     """Pictures (V, size, size, 3) uint8 of a mesh, y up, from `views` (V, 2): what nano-CLIP saw,
     any colour, white or grey behind it, the light from anywhere."""
     low, high = vertices.min(0), vertices.max(0)
@@ -132,7 +133,7 @@ def built_in_object(seed, k, i, pictures, points, size):
     scan = scan_as_it_stands(vertices, faces, points, rng) if pictures else xyz[:0]
     views = views_of_pictures(pictures, rng)
     vertices = y_up(vertices)
-    drawn = draw_object(vertices, faces, views, size, rng) if pictures else None
+    drawn = draw_views(vertices, faces, views, size, rng) if pictures else None
     return y_up(xyz), y_up(scan), views, drawn
 
 
@@ -146,7 +147,7 @@ def own_object(source, up, pictures, points, size):
     with reading(source.where(), "repair the file or move it out of the data"):
         xyz = sample_surface(vertices, faces, points, rng)
     views = views_of_pictures(pictures, rng)
-    drawn = draw_object(y_up(vertices, up), faces, views, size, rng)
+    drawn = draw_views(y_up(vertices, up), faces, views, size, rng)
     return y_up(xyz, up), xyz[:0], views, drawn
 
 
@@ -191,11 +192,12 @@ def load_pairs(cfg, clip, setup):
     code = [here / "train_clip2point.py", here / "clip2point.py"]
     # two models may share weights and hash: QuickGELU and GELU
     what = clip.model, "bf16" if setup.bf16 else "fp32"
-    sources = sources_of([*code, *files], *jobs[0][2:], len(jobs), cfg["up"], seed, *what)
+    stamp = sources_of([*code, *files], points, size, recipe.pictures, len(jobs), cfg["up"], seed,
+                       *what)
     path = prepared_folder(place, "pairs") / f"{name}-{len(jobs)}-{seed}-{clip.sha256[:12]}.npz"
-    if not is_fresh(path, sources):
+    if not is_fresh(path, stamp):
         made = in_parallel(work, jobs, cfg["workers"], "object", least=100, chunk=8)
-        save_npz(path, sources, **prepare_pairs(made, clip, setup))
+        save_npz(path, stamp, **prepare_pairs(made, clip, setup))
     arrays = map(torch.from_numpy, load_prepared(path).values())        # in the order of Pairs
     return Pairs(*arrays, torch.tensor(label)), tests, classes, form
 
@@ -325,9 +327,9 @@ def train(model, data, tests, clip, text, run):
     steps = len(data.label) // recipe.batch_size        # the last, partial batch is dropped
     if not steps:
         raise InputError(f"--batch-size {recipe.batch_size}: there are {len(data.label)} objects")
-    head = "epoch    cross   intra       w" + "".join(f"  {test.name} %" for test in tests)
+    columns = "epoch    cross   intra       w" + "".join(f"  {test.name} %" for test in tests)
 
-    for epoch in run.epochs(model, optimizer, head):
+    for epoch in run.epochs(model, optimizer, columns):
         order = torch.randperm(len(data.label), generator=run.draw, device=setup.device)
         order = order.to(data.xyz.device)
         for step in run.steps(steps, LOWEST):
@@ -459,7 +461,7 @@ def main(argv=None):
         raise InputError("train_clip2point.py: a batch is contrasted as a whole; run it without "
                          "torchrun")
     setup = Setup(args.device, cfg["precision"])
-    clip = load_clip(cfg["clip"], cfg["seed"], setup.device)
+    clip = load_both_towers(cfg["clip"], cfg["seed"], setup.device)
     check_frozen(cfg, saved, clip)
     if args.predict or args.detections:
         work = predict if args.predict else name_boxes
@@ -679,8 +681,9 @@ def predict(args, out, clip, tower, cfg, setup):
 def name_boxes(args, out, clip, tower, cfg, setup):
     """--detections: give the boxes that train_det.py exported, with their clouds, anybody's words.
 
-    Each box is cut out, drawn and named. Writes NAME.json, scores multiplied by the share of the
-    name. With --root, where NAME.json is of the true boxes, prints mAP@0.25.
+    Each box of 16 points or more is cut out, drawn and named. Writes them to NAME.json, scores
+    multiplied by the share of the name. With --root, where NAME.json is of the true boxes, prints
+    mAP@0.25.
     """
     names, folder = words_of(args.classes), Path(args.detections)
     folder = folder / "predicted" if (folder / "predicted").is_dir() else folder
@@ -695,7 +698,7 @@ def name_boxes(args, out, clip, tower, cfg, setup):
     out.mkdir(parents=True, exist_ok=True)
     for path in files:
         _, boxes = read_boxes(path)                                     # (k, 6)
-        listed, kinds = read_json(path), []
+        listed, named = read_json(path), []
         with reading(path.with_suffix(".ply"), "export it again"):
             vertices, polygons = read_ply(path.with_suffix(".ply").read_bytes())
             xyz = columns(vertices, "x", "y", "z", kind=np.float64)
@@ -711,11 +714,12 @@ def name_boxes(args, out, clip, tower, cfg, setup):
             share = (clip.scale * zero_shot(f, text)[0] / f.shape[1]).softmax(0)
             entry["class"] = names[share.argmax()]
             entry["score"] = float(share.max()) * entry.get("score", 1.0)
-            kinds.append(entry["class"])
+            named.append(entry)
             found.append((path.stem, box, entry["score"], entry["class"]))
-        (out / path.name).write_text(json.dumps(listed, indent=1), encoding="utf-8")
+        (out / path.name).write_text(json.dumps(named, indent=1), encoding="utf-8")
+        kinds = [entry["class"] for entry in named]
         counts = ", ".join(f"{kinds.count(name)} {name}" for name in names if name in kinds)
-        empty = len(listed) - len(kinds)
+        empty = len(listed) - len(named)
         print(f"{path.stem}: {counts or 'no box'}"
               + f"; {empty} of fewer than 16 points left out" * bool(empty))
         if args.root:
@@ -827,7 +831,8 @@ def settings(args):
     later += ["up", "root", "out"] * bool(looks) + [*own] * bool(args.eval)
     args = Namespace(**{**vars(args), **dict.fromkeys(later)})
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "clip2point", Recipe, SAVED, trained(sums=3))
+        cfg, saved, folder = saved_settings(args, "clip2point", Recipe, SAVED,
+                                            checkpoint_form(sums=3))
         return {**cfg, **{name: value for name, value in own.items() if value}}, saved, folder
     if args.objects and args.data not in (None, "synthetic"):
         raise InputError(f"--objects is of the built-in data; leave it out with --data {args.data}")

@@ -18,8 +18,9 @@ from torch.profiler import record_function
 
 import common
 import render
-from checkpoint import amount, check_frozen, load_weights, saved_settings, trained
-from common import CLIP_NAMES, Classifier, FrozenCLIP, gather, loss_terms, prompt_features
+from checkpoint import amount, check_frozen, checkpoint_form, load_weights, saved_settings
+from common import (CLIP_NAMES, Classifier, FrozenCLIP, farthest, gather, loss_terms,
+                    prompt_features)
 from data import objects
 from kernels import farthest_point_sample
 from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows,
@@ -110,7 +111,8 @@ def few_of(label, fraction, seed):
 
 @record_function("data")
 def sample_train(xyz, recipe, draw, total, first=0):
-    """Random clouds: (b, P, 3), rows first .. first + b of a batch of `total` -> (b, points, 3).
+    """Random points of clouds: (b, P, 3) -> (b, points, 3). The clouds are rows first .. first + b
+    of a batch of `total`.
 
     As released: shuffle, take the 1200 farthest points for 1024, a random 1024 of those, then scale
     each axis by 2/3 .. 3/2 and shift it by -0.2 .. 0.2. No rotation. Numbers are drawn for the
@@ -126,12 +128,6 @@ def sample_train(xyz, recipe, draw, total, first=0):
     xyz = gather(xyz, idx[:, chosen])                           # (b, points, 3)
     share = torch.rand(2, total, 1, 3, device=xyz.device, generator=draw)[:, first:first + b]
     return xyz * (2 / 3 + share[0] * 5 / 6) + (share[1] * 0.4 - 0.2)
-
-
-def sample_test(xyz, points, batch=64):
-    """The farthest points from index 0, without a random number: (S, P, 3) -> (S, points, 3)."""
-    parts = xyz.split(batch)
-    return torch.cat([gather(part, farthest_point_sample(part, points)) for part in parts])
 
 
 # ---- The authors' checkpoint ---------------------------------------------------------------------
@@ -189,7 +185,8 @@ def evaluate(model, xyz, label, setup, recipe, votes=1, seed=0, batch=64):
     """Confusion matrix (C, C) of clouds (S, points, 3), shared between the processes.
 
     votes > 1: xyz are the stored clouds (S, P, 3), and logits are averaged over so many random
-    augmented samples of each. The release reports the best of 299 such repeats, we report one.
+    augmented samples of each, which follow `seed` and the number of processes. The release
+    reports the best of 299 such repeats, we report one.
     """
     model.eval()
     classes = model.head[-1].out_features
@@ -237,19 +234,19 @@ def train(model, data, test, run):
     rest = len(data.label) % recipe.batch_size
     if steps > 1 and 0 < rest < 2 * world_size() * cfg["accumulate"]:
         steps -= 1                          # too few for batch norm: they join the last full batch
-    head = "epoch     loss    head    text  train %   test %   mean %"
+    columns = "epoch     loss    head    text  train %   test %   mean %"
 
-    for _ in run.epochs(model, optimizer, head):
+    for _ in run.epochs(model, optimizer, columns):
         order = torch.randperm(len(data.label), device=setup.device, generator=run.draw)
         for step in run.steps(steps):
             rows = order[step * recipe.batch_size:]
             rows = rows[:recipe.batch_size] if step + 1 < steps else rows
             run.sums += train_step(wrapped, optimizer, data, rows, run)
-        loss, similarity, correct, n = run.totals("head", "text")
-        cells = (f"{(loss + similarity) / n:8.4f} {loss / n:7.4f} {similarity / n:7.4f} "
-                 f"{100 * correct / n:8.2f}")
-        metrics = {"loss": (loss + similarity) / n, "loss_head": loss / n,
-                   "loss_text": similarity / n, "train_accuracy": correct / n}
+        *sums, n = run.totals("head", "text")
+        head, text, right = (x / n for x in sums)               # means over the epoch's clouds
+        cells = f"{head + text:8.4f} {head:7.4f} {text:7.4f} {100 * right:8.2f}"
+        metrics = {"loss": head + text, "loss_head": head, "loss_text": text,
+                   "train_accuracy": right}
         if not run.due(recipe.every):
             run.row(None, cells + " " * 18, **metrics)
             continue
@@ -309,7 +306,7 @@ def main(argv=None):
     if args.test_fraction and not cfg.get("split"):
         raise InputError("--test-fraction: the data have a test set of their own; leave it out")
     recipe = Recipe(**cfg["recipe"])
-    test = Objects(sample_test(stored.xyz.to(setup.device), recipe.points), stored.label)
+    test = Objects(farthest(stored.xyz.to(setup.device), recipe.points), stored.label)
     run = Run("cls", cfg, setup, saved)
     if not args.eval:
         run.open(__file__, folder or args.out)
@@ -372,7 +369,7 @@ def predict(files, cfg, saved, setup, look):
         xyz = objects.read_one(file, recipe.stored, recipe.points)
         xyz = torch.from_numpy(xyz)[None].to(setup.device)      # (1, P, 3)
         xyz = objects.unit_sphere(xyz) if recipe.unit else xyz
-        clouds.append(sample_test(xyz, recipe.points))
+        clouds.append(farthest(xyz, recipe.points))
     _, model, _ = build(cfg, saved, setup)
     model.eval()
     for file, points in zip(files, clouds):
@@ -432,7 +429,7 @@ def settings(args):
     if args.export and not args.predict:
         raise InputError("--export says where --predict draws; give both")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED, trained(sums=4))
+        cfg, saved, folder = saved_settings(args, "cls", Recipe, SAVED, checkpoint_form(sums=4))
         check_sizes(Recipe(**cfg["recipe"]))
         cfg["official"] = args.official or (None if args.clip else cfg["official"])
         return cfg, saved, folder

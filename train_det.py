@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 import common
 import render
-from checkpoint import check_frozen, saved_settings, trained
-from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
-                    shuffled)
+from checkpoint import check_frozen, checkpoint_form, saved_settings
+from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, any_rows, encoder_options, gather,
+                    random_rows)
 from data import scannet
 from data.files import (BrokenFile, beside, check_export, check_outputs, check_span, own_clouds,
                         read_boxes, read_cloud, usable_boxes, write_boxes)
@@ -218,7 +218,7 @@ def make_batch(scenes, points, device, seeds=None, cuboid=True):
             inside, real = random_cuboid(xyz, boxes, points, draw)
             order = random_rows(inside, points, draw)
         else:
-            order = shuffled(len(xyz), points, draw)
+            order = any_rows(len(xyz), points, draw)
         xyz = xyz[order]
         if seeds is not None:
             xyz, boxes = flip_and_rotate(xyz, boxes, torch.rand(3, device=device, generator=draw))
@@ -369,7 +369,7 @@ class Detector(nn.Module):
         r = Recipe(**cfg["recipe"])
         self.queries, self.content = r.queries, r.content
         self.tokenizer = tokenizer_of(r, clip.width)
-        self.encoder = EPCLEncoder(clip, task_tokens=classes + 1, class_token=False,
+        self.encoder = EPCLEncoder(clip, task_tokens=classes + 1, with_class_token=False,
                                    **encoder_options(cfg))
         self.project = layers(clip.width, clip.width, clip.width, width)
         self.register_buffer("fourier", torch.randn(3, width // 2))     # fixed, and must be saved
@@ -660,9 +660,9 @@ def train(model, scenes, test, run):
     if setup.fits(sum(s.xyz.nbytes for s in scenes)):
         scenes = [Scene(s.name, *(x.to(setup.device) for x in s[1:4])) for s in scenes]
     steps = max(1, -(-len(scenes) // recipe.batch_size))
-    head = "epoch     loss" + "".join(f"{name:>8}" for name in WEIGHT) + "  mAP@.25  mAP@.50"
+    columns = "epoch     loss" + "".join(f"{name:>8}" for name in WEIGHT) + "  mAP@.25  mAP@.50"
 
-    for _ in run.epochs(model, optimizer, head):
+    for _ in run.epochs(model, optimizer, columns):
         order = torch.randperm(len(scenes), device=setup.device, generator=run.draw).tolist()
         for step in run.steps(steps, low=FINAL_LR):
             rows = order[step * recipe.batch_size:(step + 1) * recipe.batch_size]
@@ -844,8 +844,8 @@ def settings(args):
     if args.predict and not args.eval:
         raise InputError("--predict needs a run: add --eval runs/det-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "det", Recipe, SAVED, trained(1 + len(WEIGHT)),
-                                            other_data=True)
+        cfg, saved, folder = saved_settings(args, "det", Recipe, SAVED,
+                                            checkpoint_form(1 + len(WEIGHT)), other_data=True)
         check_sizes(Recipe(**cfg["recipe"]))
         official = args.official or (None if args.clip else cfg.get("official"))
         return {**cfg, "skip_broken": args.skip_broken, "official": official}, saved, folder

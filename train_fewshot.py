@@ -30,12 +30,11 @@ from tqdm import tqdm
 
 import common
 import render
-from checkpoint import COUNT, WHOLE, check_frozen, saved_settings, trained
-from common import CLIP_NAMES, Classifier, gather, loss_terms, prompt_features
+from checkpoint import COUNT, WHOLE, check_frozen, checkpoint_form, saved_settings
+from common import CLIP_NAMES, Classifier, farthest, gather, loss_terms, prompt_features
 from data import objects
 from data.files import read_json, reading
 from data.objects import MODELNET40, read_fold
-from kernels import farthest_point_sample
 from run import (ABLATIONS, InputError, Run, Setup, learning_rate, main_guard, parameter_groups,
                  recipe_parser, seed_of, shared_flags, shared_settings, whole, with_flags)
 
@@ -220,11 +219,6 @@ def load_data(cfg):
     return Data(train, test, classes, form)
 
 
-def farthest(xyz, m, batch=64):
-    """The m farthest points of every cloud, from index 0: (S, P, 3) -> (S, m, 3)."""
-    return torch.cat([gather(part, farthest_point_sample(part, m)) for part in xyz.split(batch)])
-
-
 def presample(xyz, recipe, device):
     """SAMPLES samples of every training cloud, from random starts: (S, P, 3) -> (S, SAMPLES, m, 3).
 
@@ -232,8 +226,8 @@ def presample(xyz, recipe, device):
     once, an epoch of an episode is free of farthest point sampling.
     """
     m = min(xyz.shape[1], recipe.points * 75 // 64)             # 1024 -> 1200, 2048 -> 2400
-    order = torch.rand(SAMPLES, *xyz.shape[:2]).argsort(2)      # on the CPU, for every device
-    samples = [farthest(gather(xyz, shuffled).to(device), m) for shuffled in order]
+    orders = torch.rand(SAMPLES, *xyz.shape[:2]).argsort(2)     # on the CPU, for every device
+    samples = [farthest(gather(xyz, order).to(device), m) for order in orders]
     return torch.stack(samples, 1)
 
 
@@ -665,9 +659,11 @@ SAVED = {                                   # forms of the settings that are thi
     "episodes": range(1, 10**5), "settings": [[COUNT, COUNT]], "folds": (None, str),
     "compare": [VARIANTS], "text_loss": ("raw", "cosine", "off"), "test_fraction": float,
     "published": bool, "split": (..., None, [[str], [str]])}
-KEPT = {"frozen": trained(0)["frozen"], "at": {"epoch": WHOLE}, "optimizer": None, "done": [{
-    "setting": [COUNT, COUNT], "episode": WHOLE, "variant": VARIANTS, "last": float, "best": float,
-    "best_epoch": COUNT, "seconds": float, "trained": WHOLE, "frozen": WHOLE, "classes": [str]}]}
+DONE = {"setting": [COUNT, COUNT], "episode": WHOLE, "variant": VARIANTS, "last": float,
+        "best": float, "best_epoch": COUNT, "seconds": float, "trained": WHOLE, "frozen": WHOLE,
+        "classes": [str]}
+KEPT = {"frozen": checkpoint_form(0)["frozen"], "at": {"epoch": WHOLE}, "optimizer": None,
+        "done": [DONE]}
 
 
 def settings(args):

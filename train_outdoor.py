@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import common
 import render
-from checkpoint import amount, check_frozen, saved_settings, trained
+from checkpoint import amount, check_frozen, checkpoint_form, saved_settings
 from common import CLIP_NAMES, BatchNorm, EPCLEncoder, PointTokenizer, encoder_options
 from data import kitti
 from data.files import BrokenFile, absent, check_outputs
@@ -114,8 +114,8 @@ def load_synthetic():
 
 
 def ahead(work, jobs, workers):
-    """Yield work(*job) for every job, in order. Threads, which all processes share, are up to
-    2 · workers jobs ahead."""
+    """Yield work(*job) for every job, in order; threads begin up to 2 · workers of them ahead. The
+    processes divide the workers among them."""
     jobs, workers = iter(jobs), max(1, workers // world_size())
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque(pool.submit(work, *job) for job in islice(jobs, 2 * workers))
@@ -204,7 +204,7 @@ def training_voxels(data, i, seed, things, cfg):
     other = data.read(data.train[(i + rng.integers(1, max(n, 2))) % n])
     if rng.random() < 0.5:
         mixed = polar_mix(scan, other, things, rng)
-    elif not cfg["as_released"]:            # there all bands are the first: degrees for radians
+    elif not cfg["as_released"]:            # the release mixes up degrees and radians: one band
         mixed = laser_mix(scan, other, rng.integers(3, 7))
     else:
         mixed = scan
@@ -280,15 +280,15 @@ class Bottleneck(nn.Module):
     def forward(self, x):
         if not self.transformer:
             return x
-        counts = torch.bincount(x.coords[:, 0]).tolist()        # scan after scan: B of them
+        counts = torch.bincount(x.coords[:, 0]).tolist()        # voxels of each of B scans, in turn
         rows = torch.cat([x.coords[:, 1:] * self.voxel, x.feats], 1)                # (V, 3 + C)
         least = self.patches.groups
         clouds = [part.repeat(-(-least // len(part)), 1) for part in rows.split(counts)]
         lengths = torch.tensor([len(cloud) for cloud in clouds], device=rows.device)
         points = pad_sequence(clouds, batch_first=True)                             # (B, N, 3 + C)
         tokens, centers = self.patches(points, lengths)       # (B, G, D), (B, G, 3)
-        place = centers - centers.mean(1, keepdim=True)
-        reach = place.norm(dim=2).amax(1)[:, None, None].clamp_min(1e-6)
+        place = centers - centers.mean(1, keepdim=True)                             # (B, G, 3)
+        reach = place.norm(dim=2).amax(1)[:, None, None].clamp_min(1e-6)            # (B, 1, 1)
         deep = self.epcl(tokens, place / reach).patches                             # (B, G, D)
         deep = interpolate(points[..., :3].contiguous(), centers, deep)             # (B, N, D)
         deep = torch.cat([part[:n] for part, n in zip(deep, counts)])               # (V, D)
@@ -310,6 +310,7 @@ class Segmenter(nn.Module):
         self.downs = nn.ModuleList([
             nn.Sequential(Layer(strided_conv, 8, w[i], w[i]), residuals(w[i], w[i + 1], n[i]))
             for i in range(4)])
+        # by this name common.py finds CLIP, as in every model
         self.encoder = Bottleneck(clip, w[4], classes, cfg)
         self.ups = nn.ModuleList([Layer(transposed_conv, 8, w[i], w[i + 1]) for i in range(4, 8)])
         self.joins = nn.ModuleList([residuals(w[i + 1] + w[7 - i], w[i + 1], n[i])
@@ -479,10 +480,11 @@ def train(model, data, run):
     optimizer = torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=recipe.decay)
     steps = max(1, len(data.train) // recipe.batch_size)
     parts = my_parts(recipe.batch_size, cfg["accumulate"])
-    head = "epoch     loss  train OA     mIoU       OA"
-    for epoch in run.epochs(model, optimizer, head):
+    columns = "epoch     loss  train OA     mIoU       OA"
+    for epoch in run.epochs(model, optimizer, columns):
         order = np.random.default_rng([cfg["seed"], epoch]).permutation(len(data.train))
         order = np.resize(order, steps * recipe.batch_size).tolist()
+        # this process's scans, as `train_step` takes them
         rows = (step * recipe.batch_size + i for step in range(run.at["step"], steps)
                 for part, _ in parts for i in part)
         jobs = ((order[i], seed_of(cfg["seed"], epoch, i)) for i in rows)
@@ -572,13 +574,13 @@ def main(argv=None):
         run.open(__file__, folder or args.out)
     pasted = ", ".join(data.classes[k] for k in things_of(data.classes)) or "nothing"
     pasted = "" if args.eval else f"; PolarMix pastes {pasted}"
-    own, inside = (common.sizes(part)[0] for part in (model, model.encoder))
+    whole, inside = (common.sizes(part)[0] for part in (model, model.encoder))
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
     trained = f"{len(data.train):,} train scans, " * bool(data.train)
     run.print(f"data     {cfg['data']}: {trained}{len(data.test):,} test "
               f"scans, {len(data.classes)} classes; voxels of {recipe.voxel:g} m; "
               f"{data.form}{pasted}")
-    common.print_model(run, model, clip, f"MinkUNet {own - inside:,}, EPCL {inside:,}; "
+    common.print_model(run, model, clip, f"MinkUNet {whole - inside:,}, EPCL {inside:,}; "
                                          f"{recipe.tokens} tokens; ")
     if cfg["as_released"]:
         run.print("warning  as released: LaserMix does nothing, the classifier does not see EPCL")
@@ -721,7 +723,7 @@ def settings(args):
     if args.compile:
         raise InputError("--compile: every scan has its own number of voxels; leave it out")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "outdoor", Recipe, SAVED, trained(sums=3))
+        cfg, saved, folder = saved_settings(args, "outdoor", Recipe, SAVED, checkpoint_form(sums=3))
         check_sizes(Recipe(**cfg["recipe"]))
         cfg["remission"] = args.remission or cfg["remission"]
         return cfg, saved, folder

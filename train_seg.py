@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 import common
 import render
-from checkpoint import check_frozen, saved_settings, trained
-from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, encoder_options, gather, random_rows,
-                    shuffled)
+from checkpoint import check_frozen, checkpoint_form, saved_settings
+from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, any_rows, encoder_options, gather,
+                    random_rows)
 from data import s3dis
 from data.files import (BrokenFile, absent, check_export, check_outputs, check_span, own_clouds,
                         read_cloud, write_ply)
@@ -340,7 +340,7 @@ def label_room(model, room, setup, recipe, classes, votes=1):
         for _ in range(votes):
             for middle, rows in windows(room.xyz, recipe.block):
                 enough = -(-len(rows) // recipe.points) * recipe.points
-                rows = rows[shuffled(len(rows), enough, draw)]
+                rows = rows[any_rows(len(rows), enough, draw)]
                 for part in rows.split(recipe.points):
                     yield part, features(room, part, middle, size)
 
@@ -434,8 +434,8 @@ def train(model, rooms, test, run):
         rooms = [Room(room.name, *(x.to(setup.device) for x in room[1:4])) for room in rooms]
     size = np.array([len(room.xyz) for room in rooms])
     steps = max(1, round(size.sum() / recipe.points / recipe.batch_size))
-    head = "epoch     loss  train OA     mIoU     mAcc       OA"
-    for epoch in run.epochs(model, optimizer, head):
+    columns = "epoch     loss  train OA     mIoU     mAcc       OA"
+    for epoch in run.epochs(model, optimizer, columns):
         order = np.random.default_rng([cfg["seed"], epoch]).choice(     # larger rooms more often
             len(rooms), steps * recipe.batch_size, p=size / size.sum()).tolist()
         for step in run.steps(steps):
@@ -641,7 +641,7 @@ def settings(args):
     if (args.predict or args.vote) and not args.eval:
         raise InputError("--predict and --vote need a run: add --eval runs/seg-...")
     if args.resume or args.eval:
-        cfg, saved, folder = saved_settings(args, "seg", Recipe, SAVED, trained(sums=3),
+        cfg, saved, folder = saved_settings(args, "seg", Recipe, SAVED, checkpoint_form(sums=3),
                                             other_data=True)
         check_sizes(Recipe(**cfg["recipe"]))
         if "trained_on" in cfg:

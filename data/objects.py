@@ -106,9 +106,11 @@ def unit_sphere(xyz):
 
 
 def up_of(form):
-    """The axis that points up in most data of a form, a string of `load`. For pictures alone."""
+    """The axis that points up in most data of a form, a string of `load`: for pictures, and for
+    tests by name where --up is not given."""
     y_up = ("Point-BERT's", "text files", "HDF5 files", "folds of")     # as docs/data.md says
-    return "y" if form.startswith(y_up) or "objectdataset" in form else "z"
+    first = form.split("; ")[0]             # of ScanObjectNN the path of its training file
+    return "y" if first.startswith(y_up) or first.endswith(".h5") else "z"
 
 
 # ---- One data set -> what there is to read -------------------------------------------------------
@@ -137,13 +139,13 @@ def find_folder(root, stored, known=()):
         return sorted(p.name for p in path.iterdir() if p.is_dir() and not is_litter(p.name))
 
     folders = {0: root / "train", 1: part_folder(root, "test")}     # as Source.part
-    split = folders[1].is_dir() and (folders[0].is_dir() or known)
-    if not split:
+    in_parts = folders[1].is_dir() and (folders[0].is_dir() or bool(known))
+    if not in_parts:
         folders = {-1: root}
     elif not folders[0].is_dir():
         del folders[0]
     first = next(iter(folders.values()))
-    classes = list(known) if 0 not in folders and split else subfolders(first)
+    classes = list(known) if 0 not in folders and in_parts else subfolders(first)
     if not classes:
         raise InputError(f"{root}: no class folders; {HOW_TO_GET['folder']}")
     parts = [name for name in classes if name.lower() in PART_NAMES]
@@ -159,13 +161,13 @@ def find_folder(root, stored, known=()):
         if (other := alike.setdefault(name.lower(), name)) != name:
             raise InputError(f"{first}: {other} and {name}: classes that differ in case alone; "
                              "make them one, or rename one")
-    for name in subfolders(folders[1]) if split else ():
+    for name in subfolders(folders[1]) if in_parts else ():
         if name not in classes:
             whose = f"{first} does" if 0 in folders else "the run does"
             raise InputError(f"{folders[1] / name}: a class that {whose} not have; "
                              + "add training objects or " * (0 in folders) + "remove it")
     objects, notes = [], []
-    if split:                               # beside the two parts
+    if in_parts:                            # beside the two parts
         others = [root / name for name in subfolders(root)
                   if root / name not in folders.values()]
         others = sum((files_in(folder, ())[1] for folder in others), loose_in(root, SUFFIXES))
@@ -432,31 +434,32 @@ def check(table, found, known=()):
     if (table["part"] < 0).any():
         return                              # meshes and clouds of a folder: checked one by one
     finite = np.isfinite(table["xyz"]).all((1, 2))
-    for part, split in enumerate(("training", "test")):
+    for part, title in enumerate(("training", "test")):
         mine = table["part"] == part
         label = table["label"][mine]
         if len(label) == 0 and part == 0 and known:
             continue
         if len(label) == 0:
-            raise InputError(f"{found.form}: no {split} objects found")
+            raise InputError(f"{found.form}: no {title} objects found")
         if not 0 <= label.min() <= label.max() < len(found.classes):
-            raise InputError(f"{found.form}: {split} labels reach from {label.min()} to "
+            raise InputError(f"{found.form}: {title} labels reach from {label.min()} to "
                              f"{label.max()}, but there are {len(found.classes)} classes; fetch "
                              "the data again")
         bad = np.flatnonzero(~finite[mine])
         if len(bad):
-            raise InputError(f"{found.form}: {split} cloud {bad[0]} has NaN or infinite "
+            raise InputError(f"{found.form}: {title} cloud {bad[0]} has NaN or infinite "
                              "coordinates; fetch the data again")
 
 
 def check_classes(table, found):
-    """A published data set has training and test objects of each class: a broken unzip has not."""
-    for part, split in enumerate(("training", "test")):
+    """A published data set has training and test objects of each class; after a broken unzip some
+    are missing."""
+    for part, title in enumerate(("training", "test")):
         counts = np.bincount(table["label"][table["part"] == part], minlength=len(found.classes))
         gone = [name for name, count in zip(found.classes, counts) if count == 0]
         if gone:
             more = f" and {len(gone) - 3} more classes" if len(gone) > 3 else ""
-            raise InputError(f"{found.form}: no {split} objects of {', '.join(gone[:3])}{more}; "
+            raise InputError(f"{found.form}: no {title} objects of {', '.join(gone[:3])}{more}; "
                              "fetch the data again, or pass --data folder for classes of your own")
 
 

@@ -99,6 +99,7 @@ def knn_tree(query, points, k, lengths):
             dist2[b, rows] = (key >> 32).int().view(torch.float32)
             index[b, rows] = key & 0xFFFFFFFF
             bound = torch.from_numpy(r[:, -1] ** 2 * (1 - 1e-6))
+            # below about 1e-37 squares underflow in fp32, and a relative bound says nothing
             unsure = bound <= dist2[b, rows, -1] + 1e-37
             if candidates < len(cloud) and unsure.any():
                 rows = rows[unsure]

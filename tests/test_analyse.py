@@ -279,8 +279,8 @@ SMALL = ["--epochs", "1", "--points", "64", "--groups", "8", "--neighbours", "8"
 
 @pytest.fixture
 def few(monkeypatch):
-    for script, counts in ((train_cls, (2, 1)), (analyse, (2, 1))):
-        monkeypatch.setattr(script, "SYNTHETIC", counts)
+    monkeypatch.setattr(train_cls, "SYNTHETIC", (2, 1))
+    monkeypatch.setattr(analyse, "TEST", (1, 2))
 
 
 def run_of(folder, *flags):
@@ -293,7 +293,7 @@ def test_objects_are_those_that_the_run_was_tested_on(few):
     _, test, classes, _ = train_cls.load_data(cfg)
     cfg["classes"] = list(classes)
     found = analyse.load_objects(cfg, 32, torch.device("cpu"))
-    assert torch.equal(found.points, train_cls.sample_test(test.xyz, 64))
+    assert torch.equal(found.points, common.farthest(test.xyz, 64))
     assert torch.equal(found.label, test.label)
     assert found.pictures.shape == found.drawn.shape == (20, 3, 32, 32)
     for pictures in found.pictures, found.drawn:
@@ -382,7 +382,7 @@ def test_clouds_without_meshes_are_drawn_and_a_class_without_a_word_is_named(
 
 
 def test_built_in_objects_are_those_that_train_cls_tests_on():
-    assert analyse.SYNTHETIC == (2, train_cls.SYNTHETIC[1])
+    assert analyse.TEST == (train_cls.SYNTHETIC[1], 2)
 
 
 def test_two_patches_leave_saliency_out(tmp_path, data, monkeypatch, capsys):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import checkpoint
+import common
 import render
 import run
 import train_cls
@@ -87,8 +88,8 @@ def test_training_samples_come_from_the_cloud_and_do_not_depend_on_how_a_batch_i
     for cloud, sample in zip(xyz, back):
         distance, nearest = torch.cdist(sample.double(), cloud.double()).min(1)
         assert distance.max() < 1e-5 and len(nearest.unique()) == 64
-    test = train_cls.sample_test(xyz, 64)
-    assert torch.equal(test[:, 0], xyz[:, 0]) and torch.equal(test, train_cls.sample_test(xyz, 64))
+    test = common.farthest(xyz, 64)
+    assert torch.equal(test[:, 0], xyz[:, 0]) and torch.equal(test, common.farthest(xyz, 64))
 
 
 def test_the_two_losses_by_hand():

@@ -87,7 +87,7 @@ def test_unfreeze_trains_every_weight_of_clip_that_the_classifier_uses(tiny_clip
 def test_unfrozen_weights_that_nothing_reads_are_not_trained(tiny_clip, name, class_token):
     """Else torchrun's processes wait for a gradient that never comes."""
     clip = common.load_clip(tiny_clip if name == "timm" else name, trainable=True)
-    encoder = common.EPCLEncoder(clip, task_tokens=3, class_token=class_token)
+    encoder = common.EPCLEncoder(clip, task_tokens=3, with_class_token=class_token)
     found = encoder(torch.randn(2, 6, clip.width), torch.randn(2, 6, 3))
     (found.patches.square().sum() + found.tasks.square().sum()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in encoder.parameters())

@@ -128,6 +128,13 @@ def mistakes(root):
     }
 
 
+def test_the_axis_that_is_up_follows_from_the_form_and_not_from_a_path():
+    forms = {"HDF5 files under x": "y", "x/training_objectdataset.h5": "y",
+             "x/training_objectdataset.h5; 3 left out": "y",
+             "files under x/objectdataset/mine": "z", "meshes of ModelNet40.zip": "z"}
+    assert {form: objects.up_of(form) for form in forms} == forms
+
+
 def test_classes_that_differ_in_case_alone_are_refused(small):
     if (small / "train/A").exists():
         pytest.skip("this file system does not tell a from A")

@@ -381,7 +381,7 @@ def test_each_command_that_draws_curves_runs(command, tmp_path, monkeypatch, cap
 def test_each_command_that_looks_into_a_run_runs(command, tmp_path, monkeypatch, tiny_clip, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_cls, "SYNTHETIC", (2, 1))
-    monkeypatch.setattr(analyse, "SYNTHETIC", (2, 1))
+    monkeypatch.setattr(analyse, "TEST", (1, 2))
     monkeypatch.setattr(analyse, "installed", lambda package: False)    # test_analyse.py draws
     run = test_analyse.run_of(words_of(command, "analyse.py")[0], "--clip", tiny_clip)
     capsys.readouterr()
