@@ -61,8 +61,8 @@ def small(monkeypatch, folder):
              dict(voxel=0.5, width=0.25, blocks="11111111", tokens=16, neighbours=4,
                   batch_size=2))):
         monkeypatch.setitem(script.RECIPES, data, script.RECIPES[data]._replace(**recipe))
-    load_whole = train_clip2point.load_clip     # CLIP2Point takes CLIP whole
-    monkeypatch.setattr(train_clip2point, "load_clip",
+    load_whole = train_clip2point.load_both_towers     # CLIP2Point takes CLIP whole
+    monkeypatch.setattr(train_clip2point, "load_both_towers",
                         lambda name, *a: load_whole("nano=" + nano_file(folder), *a))
 
 

@@ -287,8 +287,8 @@ def test_each_clip2point_command_runs(command, tmp_path, monkeypatch, capsys):
     words = words_of(command, "train_clip2point.py", objects="1")
     nano, script = f"nano={test_bench.nano_file(tmp_path)}", train_clip2point
     test_clip2point.shrink(monkeypatch, tmp_path, nano)
-    load, pairs = script.load_clip, script.load_pairs
-    monkeypatch.setattr(script, "load_clip", lambda name, *a: load(nano, *a))
+    load, pairs = script.load_both_towers, script.load_pairs
+    monkeypatch.setattr(script, "load_both_towers", lambda name, *a: load(nano, *a))
     monkeypatch.setattr(script, "load_pairs", lambda cfg, *a: pairs(
         {**cfg, "data": "synthetic", "workers": 1}, *a))
     xyz = torch.from_numpy(np.stack([c for k in shapes(3).values() for c in k])).float()
