@@ -162,8 +162,14 @@ def test_each_few_shot_command_runs(command, tmp_path, monkeypatch, tiny_clip, c
 
     monkeypatch.setattr(common, "load_clip", clip)
     classes = tuple(shapes(1))
-    monkeypatch.setattr(train_fewshot, "load_data", lambda cfg: train_fewshot.Data(
-        *small_objects(train_fewshot, 5, 21), classes, f"small clouds instead of {cfg['data']}"))
+
+    def load_data(cfg):
+        if cfg["data"] == "folder":
+            cfg["split"] = [["a"], ["b"]]               # it has no test set of its own
+        return train_fewshot.Data(*small_objects(train_fewshot, 5, 21), classes,
+                                  f"small clouds instead of {cfg['data']}")
+
+    monkeypatch.setattr(train_fewshot, "load_data", load_data)
     monkeypatch.setattr(train_fewshot, "MODELNET40", classes)
     monkeypatch.setattr(train_fewshot, "TABLE3", [(2, 3), (2, 4), (3, 3), (3, 4), (9, 3)])
     for name, recipe in train_fewshot.RECIPES.items():
