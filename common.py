@@ -11,8 +11,8 @@
 
 Shapes: B clouds, N points, C classes (in the tokenizer: extra channels of a point), G patches
 ("groups"), K neighbours, T task tokens, L tokens of a cloud, D width of the transformer, E width of
-CLIP's image-text space. Coordinates are
-x, y, z in the unit of the data; a script says where it normalises them.
+CLIP's image-text space. Coordinates are x, y, z in the unit of the data; a script says where it
+normalises them.
 """
 import hashlib
 import logging
@@ -195,6 +195,8 @@ CLIP_NAMES = ("openai, MODEL/TAG of open_clip (ViT-B-16/laion2b_s34b_b88k), ViT-
               "nano=FILE (what train_clip.py wrote); untrained: random, MODEL=random, "
               "timm:NAME=random, nano[=FILE]=random; permuted within each matrix, texts as before: "
               "NAME=shuffled, for any NAME that has weights")
+
+
 def load_clip(name, seed=0, trainable=False):
     """FrozenCLIP from a --clip name (`CLIP_NAMES`). Random and shuffled weights follow `seed`."""
     base = base_of(name)

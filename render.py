@@ -87,8 +87,8 @@ def fit(xyz, axes, distance=math.inf, margin=1.05):
 def into_room(xyz, boxes=None):
     """How to look into a room (N, 3), z up, from above: which points to draw (N,), the camera.
 
-    What is near the ceiling is left out. The eye is so near that walls are seen from inside. All of
-    the boxes (k, 6) is in the picture, too.
+    What is near the ceiling is left out. The eye is so near that walls are seen from inside. The
+    boxes (k, 6) fit into the picture, too.
     """
     low, high = xyz[:, 2].amin(), xyz[:, 2].amax()
     shown = xyz[:, 2] <= low + 0.87 * (high - low)

@@ -327,9 +327,9 @@ def train(model, data, tests, clip, text, run):
     steps = len(data.label) // recipe.batch_size        # the last, partial batch is dropped
     if not steps:
         raise InputError(f"--batch-size {recipe.batch_size}: there are {len(data.label)} objects")
-    columns = "epoch    cross   intra       w" + "".join(f"  {test.name} %" for test in tests)
+    titles = "epoch    cross   intra       w" + "".join(f"  {test.name} %" for test in tests)
 
-    for epoch in run.epochs(model, optimizer, columns):
+    for epoch in run.epochs(model, optimizer, titles):
         order = torch.randperm(len(data.label), generator=run.draw, device=setup.device)
         order = order.to(data.xyz.device)
         for step in run.steps(steps, LOWEST):

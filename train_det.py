@@ -638,8 +638,8 @@ def picture(scenes, detections, most=2):
     cells = []
     for scene, d in list(zip(scenes, detections))[:most]:
         found = d.boxes[d.scores.max(1, initial=0) >= LEAST_SCORE]
-        drawn = torch.cat([torch.as_tensor(boxes).cpu() for boxes in (scene.boxes, found)])
-        shown, camera = render.into_room(scene.xyz, drawn)
+        both = torch.cat([torch.as_tensor(boxes).cpu() for boxes in (scene.boxes, found)])
+        shown, camera = render.into_room(scene.xyz, both)
         drawn = render.draw_points(scene.xyz[shown], camera, 420, 420)
         for boxes, colour in ((scene.boxes, GREEN), (found, RED)):
             drawn = render.draw_boxes(drawn, boxes, camera, colour)

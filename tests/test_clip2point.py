@@ -271,7 +271,8 @@ def test_a_clip_of_a_file_has_the_file_s_patch_embedding(nano, tmp_path):
 
 
 def test_shuffled_and_random_towers_are_others(nano):
-    found = [c2p.load_both_towers(name, 0, "cpu").sha256 for name in (nano, f"{nano}=shuffled", nano)]
+    names = nano, f"{nano}=shuffled", nano
+    found = [c2p.load_both_towers(name, 0, "cpu").sha256 for name in names]
     assert found[0] == found[2] != found[1]
 
 
