@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import clip2point
 import common
 import nanoclip
+import pretrained
 import render
 from attention import (BATCH, alignments, check_open, cloud_relevance, deletion, layers_of_clouds,
                        layers_of_pictures, load_stem, picture_relevance, projected, settle)
@@ -72,7 +73,7 @@ def load_run(args):
         raise InputError(f"{args.run}: began with --init-official, whose transformer has no patch "
                          "embedding for pictures; take a run that names it by --clip")
     cfg.update(clip=args.clip or cfg["clip"], root=args.root or cfg["root"])
-    clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
+    clip = pretrained.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     check_frozen(cfg, saved, clip)
     return cfg, saved, clip
 

@@ -19,6 +19,7 @@ from scipy.special import stdtrit
 from torch import nn
 
 import common
+import pretrained
 from run import InputError
 
 BATCH = 25                  # objects at a time
@@ -107,10 +108,10 @@ class Stem(NamedTuple):
 
 def load_stem(name, seed, device):
     """Of a --clip name; that of NAME=shuffled is NAME's."""
-    base = common.base_of(name)
+    base = pretrained.base_of(name)
     if base.startswith("timm:"):
         vit, _, path = base[5:].partition("=")
-        tower = common.timm_model(vit, path, seed, (*common.TIMM_USED, "patch_embed."))
+        tower = pretrained.timm_model(vit, path, seed, (*pretrained.TIMM_USED, "patch_embed."))
         conv, norm = tower.patch_embed.proj, tower.default_cfg
         if conv.in_channels != 3:
             raise InputError(f"--clip {name}: its patch embedding is a network, not one product "
@@ -118,8 +119,8 @@ def load_stem(name, seed, device):
         size, position = tower.patch_embed.img_size[0], tower.pos_embed[0]
         position = position[-tower.patch_embed.num_patches:]            # without the class token's
     else:
-        used = *common.OPEN_CLIP_USED, "visual.conv1."
-        visual = common.whole_clip(base, seed, used)[1].visual
+        used = *pretrained.OPEN_CLIP_USED, "visual.conv1."
+        visual = pretrained.whole_clip(base, seed, used)[1].visual
         conv, size, position = visual.conv1, visual.image_size[0], visual.positional_embedding[1:]
         norm = getattr(visual, "preprocess_cfg", {"mean": [.5] * 3, "std": [.5] * 3})   # nano's
     mean, std = (torch.tensor(norm[key], device=device)[:, None, None] for key in ("mean", "std"))

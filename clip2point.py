@@ -20,6 +20,7 @@ from torch.profiler import record_function
 
 import common
 import nanoclip
+import pretrained
 from checkpoint import load_weights
 from kernels import splat
 from run import InputError
@@ -151,14 +152,14 @@ class Clip(NamedTuple):
 
 
 def load_both_towers(name, seed, device):
-    base = common.base_of(name)
+    base = pretrained.base_of(name)
     if base.startswith("timm:"):
         raise InputError(f"--clip {name}: has no text tower, and CLIP2Point names by prompts")
-    used = (*common.OPEN_CLIP_USED, "visual.conv1.")
-    model_name, model, tokenize = common.whole_clip(base, seed, used)
+    used = (*pretrained.OPEN_CLIP_USED, "visual.conv1.")
+    model_name, model, tokenize = pretrained.whole_clip(base, seed, used)
     model = model.eval().requires_grad_(False)
     if name != base:
-        common.shuffle({"visual": model.visual}, seed)
+        pretrained.shuffle({"visual": model.visual}, seed)
     sha256 = common.fingerprint((k, w) for k, w in model.visual.state_dict().items())
     model = model.to(device)
     norm = getattr(model.visual, "preprocess_cfg", {"mean": [0.5] * 3, "std": [0.5] * 3})
@@ -175,9 +176,9 @@ def load_both_towers(name, seed, device):
 def untrained(clip, seed):
     """An image tower of the same sizes, with random weights."""
     if not clip.is_nano:
-        return common.open_clip_model(clip.model, seed=seed)[0].visual
-    name = common.base_of(clip.name).removesuffix("=random")
-    return common.nano(f"{name}=random", seed)[1].visual
+        return pretrained.open_clip_model(clip.model, seed=seed)[0].visual
+    name = pretrained.base_of(clip.name).removesuffix("=random")
+    return pretrained.nano(f"{name}=random", seed)[1].visual
 
 
 def tower_of(clip, saved, official):
@@ -187,7 +188,7 @@ def tower_of(clip, saved, official):
     if saved:
         load_weights(tower, below("towers.depth.", saved["model"]))
     elif official:                          # OpenAI's names, as open_clip's
-        state, _ = common.read_weights(official, "--init-official")
+        state, _ = pretrained.read_weights(official, "--init-official")
         load_weights(tower, below("point_model.", state),
                      where=f"--init-official {official}: its weights point_model.*",
                      what=f"the image tower of {clip.model}")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-import common
+import pretrained
 from data.files import read_json, reading
 from run import ABLATIONS, InputError, Parser, main_guard, whole
 from train_fewshot import paired, percent
@@ -39,9 +39,9 @@ def ablations_of(clip, text_loss):
 def variants_of(clip, text_loss):
     """-> {row of the table: flags of train_cls.py}, in groups that share the text loss. The first
     of a group is what its others are compared with."""
-    if common.is_random(clip) or clip.endswith("=shuffled"):
+    if pretrained.is_random(clip) or clip.endswith("=shuffled"):
         raise InputError(f"--clip {clip}: is a control itself; pass weights that were pretrained")
-    loaded = common.load_clip(clip)
+    loaded = pretrained.load_clip(clip)
     twin = clip if loaded.model == "nano" else loaded.model     # nano=FILE has sizes of its own
     off = ["--text-loss", "off"]
     without = {

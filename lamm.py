@@ -10,7 +10,7 @@ from argparse import Namespace
 
 import torch
 
-import common
+import pretrained
 from checkpoint import load_weights
 from common import FrozenCLIP
 from run import InputError
@@ -55,7 +55,7 @@ def released_sizes(args):
         if not all(type(size) is int and 0 < size < 2**20 for size in sizes):
             raise ValueError
     except Exception:
-        flags, (state, _) = {}, common.read_weights(path, "--init-official")
+        flags, (state, _) = {}, pretrained.read_weights(path, "--init-official")
         visual_of(path, state)                                  # both say what is wrong with it
     if args.tokens is None and "vit_num_token" not in flags:
         raise InputError(f"--init-official {path}: does not say how many tokens it was trained "
@@ -70,15 +70,15 @@ def visual_of(path, state):
     """-> CLIP's weights in the file, open_clip's name of their model."""
     visual = {name.removeprefix(CLIP): w for name, w in state.items() if name.startswith(CLIP)}
     patch = visual.get("conv1.weight", torch.empty(0)).shape
-    if patch not in common.OPENAI_MODELS:
+    if patch not in pretrained.OPENAI_MODELS:
         raise InputError(f"--init-official {path}: not LAMM's detector: it has no {CLIP}"
                          "conv1.weight of a ViT of OpenAI; give its epcl_scannet_...pth")
-    return visual, common.OPENAI_MODELS[patch]
+    return visual, pretrained.OPENAI_MODELS[patch]
 
 
 def load_released(path):
     """-> FrozenCLIP with the file's weights, state dict of `Detector`."""
-    state, _ = common.read_weights(path, "--init-official")
+    state, _ = pretrained.read_weights(path, "--init-official")
     visual, name = visual_of(path, state)
     ours = {}
     for theirs, value in state.items():
@@ -87,7 +87,7 @@ def load_released(path):
             for part, renamed in RENAMED:
                 mine = mine.replace(part, renamed)
             ours[mine] = value.flatten(1) if value.ndim > 2 else value      # a 1x1 convolution
-    model, _ = common.open_clip_model(name)
-    load_weights(model.visual, visual, common.VISUAL_USED, f"--init-official {path}: its {CLIP}*",
-                 name)
-    return FrozenCLIP(f"official:{path}", name, common.open_clip_parts(model.visual)), ours
+    model, _ = pretrained.open_clip_model(name)
+    load_weights(model.visual, visual, pretrained.VISUAL_USED,
+                 f"--init-official {path}: its {CLIP}*", name)
+    return FrozenCLIP(f"official:{path}", name, pretrained.open_clip_parts(model.visual)), ours

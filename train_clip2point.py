@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import common
 import nanoclip
+import pretrained
 import render
 from checkpoint import (WHOLE, check_frozen, checkpoint_form, config_form, load_weights,
                         saved_settings)
@@ -768,7 +769,7 @@ def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser)
     flag = parser.add_argument
-    flag("--clip", metavar="NAME", help=f"{common.CLIP_NAMES} (default: openai; nano where no "
+    flag("--clip", metavar="NAME", help=f"{pretrained.CLIP_NAMES} (default: openai; nano where no "
                                         "--data is given)")
     flag("--objects", type=whole(1), metavar="N", help="built-in objects of each class")
     flag("--temperature", type=float, metavar="T", help="of the contrast: 0.07 as released (the "

@@ -17,9 +17,10 @@ from torch import nn
 from torch.profiler import record_function
 
 import common
+import pretrained
 import render
 from checkpoint import amount, check_frozen, checkpoint_form, load_weights, saved_settings
-from common import (CLIP_NAMES, Classifier, FrozenCLIP, farthest, gather, loss_terms,
+from common import (Classifier, FrozenCLIP, farthest, gather, loss_terms,
                     prompt_features)
 from data import objects
 from kernels import farthest_point_sample
@@ -145,7 +146,7 @@ OFFICIAL = {                # names in the authors' released checkpoint -> ours;
 
 def load_official(path):
     """The authors' classification checkpoint -> (FrozenCLIP with its weights, our state dict)."""
-    state, _ = common.read_weights(path, "--init-official")
+    state, _ = pretrained.read_weights(path, "--init-official")
     visual = {name.removeprefix("clip_vit."): value for name, value in state.items()
               if name.startswith("clip_vit.")}
     ours = {}
@@ -155,10 +156,10 @@ def load_official(path):
                 value = value.squeeze(-1) if value.ndim == 3 else value
                 ours[mine + name.removeprefix(released)] = value
     name = "ViT-B-32-quickgelu"
-    model, _ = common.open_clip_model(name)
-    load_weights(model.visual, visual, common.VISUAL_USED, f"--init-official {path}: not a "
+    model, _ = pretrained.open_clip_model(name)
+    load_weights(model.visual, visual, pretrained.VISUAL_USED, f"--init-official {path}: not a "
                  "checkpoint of the authors' classification release: its clip_vit.*", name)
-    return FrozenCLIP(f"official:{path}", name, common.open_clip_parts(model.visual)), ours
+    return FrozenCLIP(f"official:{path}", name, pretrained.open_clip_parts(model.visual)), ours
 
 
 # ---- Metric --------------------------------------------------------------------------------------
@@ -350,7 +351,7 @@ def build(cfg, saved, setup):
     if cfg["official"]:
         clip, weights = load_official(cfg["official"])
     else:
-        clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
+        clip = pretrained.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     check_frozen(cfg, saved, clip)
     text = prompt_features(clip, cfg["classes"]) if cfg["text_loss"] != "off" else None
     clip.text = None                                            # the text tower is not needed again
@@ -389,7 +390,7 @@ def predict(files, cfg, saved, setup, look):
 
 def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
-    shared_flags(parser, CLIP_NAMES)
+    shared_flags(parser, pretrained.CLIP_NAMES)
     flag = parser.add_argument
     flag("--points", type=whole(1, 10**6), metavar="N", help="points of a cloud")
     flag("--groups", type=whole(1), metavar="G", help="patches of a cloud")

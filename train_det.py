@@ -26,9 +26,10 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 import common
+import pretrained
 import render
 from checkpoint import check_frozen, checkpoint_form, saved_settings
-from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, any_rows, encoder_options, gather,
+from common import (BatchNorm, EPCLEncoder, any_rows, encoder_options, gather,
                     random_rows)
 from data import scannet
 from data.files import (BrokenFile, beside, check_export, check_outputs, check_span, own_clouds,
@@ -795,7 +796,7 @@ def build(cfg, saved, setup):
         from lamm import load_released
         clip, weights = load_released(cfg["official"])
     else:
-        clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
+        clip = pretrained.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     clip.text = None
     check_frozen(cfg, saved, clip)
     released = {"model": weights, "file": cfg.get("official")}
@@ -806,7 +807,7 @@ def build(cfg, saved, setup):
 
 def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
-    shared_flags(parser, CLIP_NAMES)
+    shared_flags(parser, pretrained.CLIP_NAMES)
     flag = parser.add_argument
     flag("--points", type=whole(1, 10**6), metavar="N", help="points of a scene")
     flag("--tokens", type=whole(1), metavar="G", help="patches of a scene (256, 512, 1024, 2048); "

@@ -29,9 +29,10 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 import common
+import pretrained
 import render
 from checkpoint import COUNT, WHOLE, check_frozen, checkpoint_form, saved_settings
-from common import CLIP_NAMES, Classifier, farthest, gather, loss_terms, prompt_features
+from common import Classifier, farthest, gather, loss_terms, prompt_features
 from data import objects
 from data.files import read_json, reading
 from data.objects import MODELNET40, read_fold
@@ -339,22 +340,22 @@ class Encoders:
 
     def __init__(self, cfg, classes, setup):
         self.cfg, self.setup = cfg, setup
-        clip = common.load_clip(cfg["clip"], cfg["seed"])
+        clip = pretrained.load_clip(cfg["clip"], cfg["seed"])
         self.name, self.model, self.sha256 = clip.name, clip.model, clip.sha256
         text = prompt_features(clip, classes) if cfg["text_loss"] != "off" else None
         self.no_text = "" if cfg["text_loss"] == "off" else f": {clip.name} {clip.no_text}"
         self.text = None if text is None else text.to(setup.device)         # (C, 512)
         self.frozen, self.shuffled, self.random, self.unfrozen = self.hold(clip), None, None, None
         if "shuffled" in cfg["compare"]:
-            self.shuffled = self.hold(common.load_clip(f"{clip.name}=shuffled", cfg["seed"]))
+            self.shuffled = self.hold(pretrained.load_clip(f"{clip.name}=shuffled", cfg["seed"]))
         if "random" in cfg["compare"]:
             # nano=FILE has sizes of its own
             twin = clip.model
             if twin == "nano":
-                twin = common.base_of(cfg["clip"]).removesuffix("=random")
-            self.random = self.hold(common.load_clip(f"{twin}=random", cfg["seed"]))
+                twin = pretrained.base_of(cfg["clip"]).removesuffix("=random")
+            self.random = self.hold(pretrained.load_clip(f"{twin}=random", cfg["seed"]))
         if "unfreeze" in cfg["compare"]:
-            self.unfrozen = common.load_clip(cfg["clip"], cfg["seed"], trainable=True)
+            self.unfrozen = pretrained.load_clip(cfg["clip"], cfg["seed"], trainable=True)
             self.unfrozen.text = None
 
     def hold(self, clip):
@@ -636,7 +637,7 @@ def flags(argv):
          help=f"variants on the same episodes, paired with the first: {','.join(VARIANTS)}")
     flag("--folds", metavar="DIR", help="episodes from files: Point-BERT's 5way_10shot/0.pkl, or a "
                                         "run's own episodes/ (default: drawn from --seed)")
-    shared_flags(parser, CLIP_NAMES)
+    shared_flags(parser, pretrained.CLIP_NAMES)
     flag("--points", type=whole(1, 10**6), metavar="N", help="points of a cloud")
     flag("--groups", type=whole(1), metavar="G", help="patches of a cloud")
     flag("--neighbours", type=whole(1), metavar="K", help="points of a patch, at most 64")

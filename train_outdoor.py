@@ -30,9 +30,10 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 import common
+import pretrained
 import render
 from checkpoint import amount, check_frozen, checkpoint_form, saved_settings
-from common import CLIP_NAMES, BatchNorm, EPCLEncoder, PointTokenizer, encoder_options
+from common import BatchNorm, EPCLEncoder, PointTokenizer, encoder_options
 from data import kitti
 from data.files import BrokenFile, absent, check_outputs
 from data.kitti import IGNORE, THINGS, Scan
@@ -667,7 +668,7 @@ def predict(args, folder, cfg, saved, setup):
 
 def build(cfg, saved, setup):
     """-> FrozenCLIP, model on the device."""
-    clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
+    clip = pretrained.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     clip.text = None
     check_frozen(cfg, saved, clip)
     torch.manual_seed(seed_of(cfg["seed"]))
@@ -677,7 +678,7 @@ def build(cfg, saved, setup):
 
 def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
-    shared_flags(parser, CLIP_NAMES)
+    shared_flags(parser, pretrained.CLIP_NAMES)
     flag = parser.add_argument
     flag("--voxel", type=float, metavar="M", help="side of a voxel, metres")
     flag("--like", choices=RECIPES, help="take another row of the table: `synthetic` suits few "

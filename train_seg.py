@@ -24,9 +24,10 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 import common
+import pretrained
 import render
 from checkpoint import check_frozen, checkpoint_form, saved_settings
-from common import (CLIP_NAMES, BatchNorm, EPCLEncoder, any_rows, encoder_options, gather,
+from common import (BatchNorm, EPCLEncoder, any_rows, encoder_options, gather,
                     random_rows)
 from data import s3dis
 from data.files import (BrokenFile, absent, check_export, check_outputs, check_span, own_clouds,
@@ -593,7 +594,7 @@ def predict(args, folder, cfg, saved, setup):
 
 def build(cfg, saved, setup):
     """-> FrozenCLIP, model on the device."""
-    clip = common.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
+    clip = pretrained.load_clip(cfg["clip"], cfg["seed"], trainable=cfg["unfreeze"])
     clip.text = None
     check_frozen(cfg, saved, clip)
     torch.manual_seed(seed_of(cfg["seed"]))
@@ -603,7 +604,7 @@ def build(cfg, saved, setup):
 
 def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
-    shared_flags(parser, CLIP_NAMES)
+    shared_flags(parser, pretrained.CLIP_NAMES)
     flag = parser.add_argument
     flag("--points", type=whole(1, 10**6), metavar="N",
          help="points of a block; a quarter of them become tokens")

@@ -15,6 +15,7 @@ import analyse
 import attention
 import common
 import nanoclip
+import pretrained
 import train_cls
 from attention import alignment, deletion, effective_rank, layers_of, opened, pearson, relevance
 from checkpoint import misfit
@@ -39,8 +40,8 @@ def scaled_open_clip():
 
 def clip_of(name):
     if name == "scaled":
-        return common.FrozenCLIP(name, name, common.open_clip_parts(scaled_open_clip()))
-    return common.load_clip(name)
+        return common.FrozenCLIP(name, name, pretrained.open_clip_parts(scaled_open_clip()))
+    return pretrained.load_clip(name)
 
 
 # --- open attention -------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def test_open_attention_computes_what_the_fast_one_does(name, deep):
 def test_blocks_that_compute_something_else_are_refused():
     cfg = {"recipe": {"groups": 4, "neighbours": 4, "dropout": 0.0}, **dict.fromkeys(
         ("no_task_token", "deep_prompt", "no_transformer"), False)}
-    model = common.Classifier(common.load_clip("timm:test_vit=random"), 3, cfg).eval()
+    model = common.Classifier(pretrained.load_clip("timm:test_vit=random"), 3, cfg).eval()
     points = torch.randn(2, 16, 3)
     attention.check_open(model, points)
     fine = model.encoder.clip.blocks[0].attn
@@ -79,7 +80,7 @@ def test_blocks_that_compute_something_else_are_refused():
 
 @pytest.mark.parametrize("name", ["nano", "timm:test_vit=random"])
 def test_pictures_go_through_the_tower_as_they_do_in_clip(name):
-    clip, stem = common.load_clip(name), attention.load_stem(name, 0, "cpu")
+    clip, stem = pretrained.load_clip(name), attention.load_stem(name, 0, "cpu")
     draw = torch.Generator().manual_seed(0)
     pictures = torch.rand(2, 3, stem.size, stem.size, generator=draw)
     x = (pictures - stem.mean) / stem.std
@@ -113,7 +114,7 @@ def test_relevance_is_chefers_rule_written_out():
 
 
 def test_a_token_that_the_score_does_not_depend_on_has_no_relevance():
-    clip = common.load_clip("nano")
+    clip = pretrained.load_clip("nano")
     torch.manual_seed(0)
     x = torch.randn(2, 6, clip.width, requires_grad=True)
     with opened(clip) as blocks:
@@ -189,7 +190,7 @@ def test_effective_rank_of_known_matrices(covariance, rank):
 
 def test_rows_are_those_of_each_block_and_numbers_those_of_plain_numpy(monkeypatch):
     monkeypatch.setattr(attention, "BATCH", 4)
-    clip = common.load_clip("timm:test_vit=random")
+    clip = pretrained.load_clip("timm:test_vit=random")
     torch.manual_seed(0)
     inputs = torch.randn(6, 9, clip.width)              # a class row, six patches, two tasks
 
@@ -417,7 +418,7 @@ def test_a_run_that_cannot_be_looked_into_is_one_line(tmp_path, few):
 # --- words ----------------------------------------------------------------------------------------
 
 def test_the_words_of_an_embedding_that_is_a_caption_are_that_caption():
-    clip = common.load_clip("nano")
+    clip = pretrained.load_clip("nano")
     captions = ["tall lamp seen from above", "flat table", "airplane seen from behind"]
     text = clip.text_features([common.PROMPT.format(caption) for caption in captions])
     mean = clip.text_features([common.PROMPT.format(name.replace("_", " ")) for name in

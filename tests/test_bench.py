@@ -12,6 +12,7 @@ import bench
 import common
 import kernels
 import nanoclip
+import pretrained
 import run
 import train_clip
 import train_clip2point
@@ -38,8 +39,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def small(monkeypatch, folder):
     """Shapes that are over in no time, a small transformer, results in `folder`."""
-    load = common.load_clip
-    monkeypatch.setattr(common, "load_clip",
+    load = pretrained.load_clip
+    monkeypatch.setattr(pretrained, "load_clip",
                         lambda name, *a, **k: load("timm:test_vit=random", *a, **k))
     monkeypatch.setattr(bench, "OUT", folder / "bench.jsonl")
     monkeypatch.setattr(bench, "FPS", [(2, 200, 9)])
@@ -214,11 +215,11 @@ def test_what_cannot_be_done_is_one_line(quick):
 def test_a_step_reads_nothing_back_from_the_device(quick, monkeypatch, task):
     """Tensors without values: whoever asks for one, or for how many there are, fails."""
     fake = FakeTensorMode()
-    clip = common.load_clip("any")
+    clip = pretrained.load_clip("any")
     for module in clip.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else fake.from_tensor(buffer)
-    monkeypatch.setattr(common, "load_clip", lambda *a, **k: clip)
+    monkeypatch.setattr(pretrained, "load_clip", lambda *a, **k: clip)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a: self)
     # AdamW reads its step count, which is on the CPU
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)

@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import math
-import os
 import pickle
 import struct
 import warnings
@@ -18,9 +17,9 @@ from test_files import CLOUD, CUBE, FACES, array, off, pcd, pcd_columns, pcd_row
 from test_scannet import TSV, raw_scan
 
 import checkpoint
-import common
 import look
 import nanoclip
+import pretrained
 import run
 import train_clip
 import train_cls
@@ -445,17 +444,17 @@ def test_weight_files_are_read_or_named_whatever_their_bytes(nano, tmp_path):
     for blob in nasty(good, np.random.default_rng(18), 40):
         bad.write_bytes(blob)
         one_line(nanoclip.load, bad)
-        one_line(common.read_weights, bad)
+        one_line(pretrained.read_weights, bad)
     path = tmp_path / "w.pt"
     torch.save({"model": {"a": torch.ones(3)}}, path)
-    assert common.read_weights(path)[0]["a"].tolist() == [1, 1, 1]
+    assert pretrained.read_weights(path)[0]["a"].tolist() == [1, 1, 1]
     for blob in nasty(path.read_bytes(), np.random.default_rng(18), 60):
         path.write_bytes(blob)
-        one_line(common.read_weights, path)
+        one_line(pretrained.read_weights, path)
     loop = {}
     loop["model"] = loop                                # a box in itself
     torch.save(loop, path)
-    assert common.read_weights(path)[0] == {}
+    assert pretrained.read_weights(path)[0] == {}
 
 
 def saved_run(folder):

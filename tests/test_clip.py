@@ -11,6 +11,7 @@ from PIL import Image
 
 import common
 import nanoclip
+import pretrained
 import train_clip
 from data.meshes import sample_surface
 from data.synthetic_objects import make_object
@@ -182,7 +183,7 @@ def test_the_file_holds_the_model_in_fp16_with_its_words(nano_file):
 
 
 def test_clip_nano_is_loaded_as_any_other_clip(nano_file):
-    clip = common.load_clip(f"nano={nano_file}")
+    clip = pretrained.load_clip(f"nano={nano_file}")
     model, tokenize = nanoclip.load(nano_file)
     assert clip.model == "nano" and clip.width == 32 and clip.embed == 512
     assert not list(clip.parameters())
@@ -200,18 +201,18 @@ def test_clip_nano_is_loaded_as_any_other_clip(nano_file):
 
 
 def test_unknown_words_are_named_and_there_is_no_text_loss(nano_file):
-    clip = common.load_clip(f"nano={nano_file}")
+    clip = pretrained.load_clip(f"nano={nano_file}")
     assert common.prompt_features(clip, ["chair", "espresso_maker", "sofa"]) is None
     assert clip.no_text == "DOES NOT KNOW the words espresso, maker"
 
 
 def test_shuffled_weights_are_the_same_numbers_in_another_order(nano_file):
     name = f"nano={nano_file}"
-    clip, mixed = common.load_clip(name), common.load_clip(f"{name}=shuffled", seed=3)
+    clip, mixed = pretrained.load_clip(name), pretrained.load_clip(f"{name}=shuffled", seed=3)
     assert mixed.model == "nano" and mixed.sha256 != clip.sha256
     assert torch.equal(mixed.text_features(["a chair"]), clip.text_features(["a chair"]))
-    assert common.load_clip(f"{name}=shuffled", seed=3).sha256 == mixed.sha256
-    assert common.load_clip(f"{name}=shuffled", seed=4).sha256 != mixed.sha256
+    assert pretrained.load_clip(f"{name}=shuffled", seed=3).sha256 == mixed.sha256
+    assert pretrained.load_clip(f"{name}=shuffled", seed=4).sha256 != mixed.sha256
     for (part, was), now in zip(clip.named_buffers(), mixed.buffers()):
         if was.ndim > 1:
             assert not torch.equal(was, now), part
@@ -219,11 +220,11 @@ def test_shuffled_weights_are_the_same_numbers_in_another_order(nano_file):
         else:
             assert torch.equal(was, now), part
     with pytest.raises(InputError, match="pass random"):
-        common.load_clip("random=shuffled")
+        pretrained.load_clip("random=shuffled")
 
 
 def test_any_clip_with_weights_can_be_shuffled(tiny_clip):
-    clip, mixed = common.load_clip(tiny_clip), common.load_clip(f"{tiny_clip}=shuffled")
+    clip, mixed = pretrained.load_clip(tiny_clip), pretrained.load_clip(f"{tiny_clip}=shuffled")
     assert clip.model == mixed.model and clip.sha256 != mixed.sha256
     sizes = [[w.norm().item() for w in c.buffers()] for c in (clip, mixed)]
     np.testing.assert_allclose(*sizes, rtol=1e-4)
@@ -233,29 +234,29 @@ def test_a_missing_altered_or_foreign_nano_file_is_one_line(nano_file, tmp_path,
     here = tmp_path / "nanoclip.safetensors"
     monkeypatch.setattr(nanoclip, "FILE", here)
     with pytest.raises(InputError, match="is missing; copy it from nanoEPCL, too"):
-        common.load_clip("nano")
+        pretrained.load_clip("nano")
     shutil.copy(nano_file, here)
     with pytest.raises(InputError, match="is not the file of this repository; restore it"):
-        common.load_clip("nano")
+        pretrained.load_clip("nano")
     with pytest.raises(InputError, match="is not the file of this repository"):
-        common.load_clip("nano=random")
+        pretrained.load_clip("nano=random")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(nano_file.read_bytes()[:-10])
     (tmp_path / "text").write_text("no weights")
     for path in (cut, tmp_path / "text"):
         with pytest.raises(InputError, match="is not a file that train_clip.py wrote"):
-            common.load_clip(f"nano={path}")
+            pretrained.load_clip(f"nano={path}")
     with pytest.raises(InputError, match="--clip: no such file: .*none; if it"):
-        common.load_clip(f"nano={tmp_path / 'none'}")
+        pretrained.load_clip(f"nano={tmp_path / 'none'}")
     with pytest.raises(InputError, match="wrote is read as --clip nano=.*nanoclip.safetensors"):
-        common.load_clip(str(here))
+        pretrained.load_clip(str(here))
 
 
 def test_the_file_of_this_repository_knows_its_classes():
     """data/nanoclip.safetensors: its hash, its size, all forty names, texts that can be told apart
     and are as long as train_clip.py makes them."""
     assert nanoclip.FILE.stat().st_size < 6e6
-    clip = common.load_clip("nano")
+    clip = pretrained.load_clip("nano")
     text = common.prompt_features(clip, train_clip.ALL_CLASSES)
     assert text.shape == (40, 512) and clip.width == 128
     assert (text - text.mean(0)).norm(dim=1).mean().item() == pytest.approx(4.5, rel=.1)

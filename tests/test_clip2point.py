@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import clip2point
-import common
 import nanoclip
+import pretrained
 import train_clip
 import train_clip2point as c2p
 import train_det
@@ -263,7 +263,7 @@ def test_clip_is_loaded_whole_and_prepares_pictures_as_it_wants_them(nano):
 
 
 def test_a_clip_of_a_file_has_the_file_s_patch_embedding(nano, tmp_path):
-    model, _ = common.open_clip_model("ViT-B-32-quickgelu", seed=5)
+    model, _ = pretrained.open_clip_model("ViT-B-32-quickgelu", seed=5)
     torch.save(model.state_dict(), tmp_path / "weights.bin")
     clip = c2p.load_both_towers(f"ViT-B-32-quickgelu={tmp_path / 'weights.bin'}", 0, "cpu")
     for name, weight in model.visual.state_dict().items():

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 
 import common
+import pretrained
 import train_cls
 from run import InputError, parameter_groups
 
 
 @pytest.fixture(scope="module")
 def clip():
-    return common.load_clip("random")
+    return pretrained.load_clip("random")
 
 
 def config(clip_name="random", **changes):
@@ -45,7 +46,7 @@ def test_the_paper_s_classifier_trains_3067176_weights_and_they_are_these(clip):
 
 
 def test_frozen_weights_stay_bit_identical_without_gradient_optimiser_or_checkpoint(tiny_clip):
-    clip = common.load_clip(tiny_clip)
+    clip = pretrained.load_clip(tiny_clip)
     frozen = {n: b.clone() for n, b in clip.named_buffers()}
     model = train_cls.Classifier(clip, 5, config())
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.01)
@@ -64,13 +65,13 @@ def test_frozen_weights_stay_bit_identical_without_gradient_optimiser_or_checkpo
 
 def test_a_file_that_is_called_random_is_not(tmp_path):
     names = ["random", "nano=random", "timm:vit=random", "nano=random.pt", "nano=not_random"]
-    assert [*map(common.is_random, names)] == [True, True, True, False, False]
+    assert [*map(pretrained.is_random, names)] == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["timm", "nano", "nano=shuffled", "random"])
 def test_unfreeze_trains_every_weight_of_clip_that_the_classifier_uses(tiny_clip, name):
     name = tiny_clip if name == "timm" else name
-    clip, frozen = common.load_clip(name, trainable=True), common.load_clip(name)
+    clip, frozen = pretrained.load_clip(name, trainable=True), pretrained.load_clip(name)
     model = train_cls.Classifier(clip, 5, config(unfreeze=True))
     trained, rest = common.sizes(model)
     assert rest == 0 and trained == sum(common.sizes(train_cls.Classifier(frozen, 5, config())))
@@ -86,7 +87,7 @@ def test_unfreeze_trains_every_weight_of_clip_that_the_classifier_uses(tiny_clip
 @pytest.mark.parametrize("name", ["timm", "nano"])
 def test_unfrozen_weights_that_nothing_reads_are_not_trained(tiny_clip, name, class_token):
     """Else torchrun's processes wait for a gradient that never comes."""
-    clip = common.load_clip(tiny_clip if name == "timm" else name, trainable=True)
+    clip = pretrained.load_clip(tiny_clip if name == "timm" else name, trainable=True)
     encoder = common.EPCLEncoder(clip, task_tokens=3, with_class_token=class_token)
     found = encoder(torch.randn(2, 6, clip.width), torch.randn(2, 6, 3))
     (found.patches.square().sum() + found.tasks.square().sum()).backward()
@@ -116,7 +117,7 @@ def test_every_token_reaches_every_token_of_its_cloud_and_none_of_another(clip):
 
 
 def test_the_output_for_a_cloud_does_not_depend_on_the_rest_of_the_batch(tiny_clip):
-    model = train_cls.Classifier(common.load_clip(tiny_clip), 5, config()).eval()
+    model = train_cls.Classifier(pretrained.load_clip(tiny_clip), 5, config()).eval()
     clouds = torch.randn(3, 64, 3)
     with torch.no_grad():
         assert torch.allclose(model(clouds)[0][1], model(clouds[1:2])[0][0], atol=1e-5)
@@ -124,7 +125,7 @@ def test_the_output_for_a_cloud_does_not_depend_on_the_rest_of_the_batch(tiny_cl
 
 @pytest.mark.parametrize("flag", ["no_task_token", "deep_prompt", "no_transformer"])
 def test_ablations_change_the_rows_and_the_weights_they_name(tiny_clip, flag):
-    clip = common.load_clip(tiny_clip)
+    clip = pretrained.load_clip(tiny_clip)
     model = train_cls.Classifier(clip, 5, config(**{flag: True}))
     cls, patches, tasks = model.encoder(*model.tokenizer(torch.randn(2, 64, 3)))
     assert patches.shape == (2, 8, clip.width) and (cls is None) == (flag == "no_transformer")
@@ -139,7 +140,7 @@ def test_ablations_change_the_rows_and_the_weights_they_name(tiny_clip, flag):
 
 
 def test_bf16_weights_keep_norms_in_fp32_and_change_the_features_little(tiny_clip):
-    clip = common.load_clip(tiny_clip)
+    clip = pretrained.load_clip(tiny_clip)
     tokenizer = common.PointTokenizer(8, 8, clip.width).eval()
     encoder = common.EPCLEncoder(clip, task_tokens=3).eval()
     points = torch.randn(2, 64, 3)
@@ -156,7 +157,7 @@ def test_bf16_weights_keep_norms_in_fp32_and_change_the_features_little(tiny_cli
 @pytest.mark.parametrize("groups, bf16, plain", [(8, True, True), (8, False, False),
                                                  (130, True, False)])
 def test_few_tokens_in_bf16_on_a_cpu_take_torch_s_plain_attention(tiny_clip, groups, bf16, plain):
-    clip = common.load_clip(tiny_clip)
+    clip = pretrained.load_clip(tiny_clip)
     encoder = common.EPCLEncoder(clip, task_tokens=3)
     seen = []
     clip.blocks[-1].register_forward_pre_hook(
@@ -247,7 +248,7 @@ def official_checkpoint(path, classes=40):
             state[name + ".running_mean"] = 0.1 * torch.randn(n, generator=random)
             state[name + ".running_var"] = 1 + torch.rand(n, generator=random)
             state[name + ".num_batches_tracked"] = torch.tensor(7)
-    visual, _ = common.open_clip_model("ViT-B-32-quickgelu", seed=3)
+    visual, _ = pretrained.open_clip_model("ViT-B-32-quickgelu", seed=3)
     state.update({f"clip_vit.{n}": w.detach() for n, w in visual.visual.state_dict().items()})
     torch.save({"base_model": {f"module.{n}": w for n, w in state.items()}, "epoch": 300,
                 "metrics": {"acc": torch.tensor(92.9)}}, path)
@@ -273,13 +274,13 @@ def test_the_released_checkpoint_gives_the_released_logits(tmp_path):
 
 def test_random_weights_depend_on_the_seed_alone(clip):
     torch.manual_seed(5)
-    assert common.load_clip("random", seed=0).sha256 == clip.sha256
-    assert common.load_clip("random", seed=1).sha256 != clip.sha256
+    assert pretrained.load_clip("random", seed=0).sha256 == clip.sha256
+    assert pretrained.load_clip("random", seed=1).sha256 != clip.sha256
 
 
 def test_the_same_weights_in_any_file_have_one_hash_and_the_text_tower_speaks(tmp_path):
     from safetensors.torch import save_file
-    model, tokenizer = common.open_clip_model("ViT-B-32-quickgelu", seed=2)
+    model, tokenizer = pretrained.open_clip_model("ViT-B-32-quickgelu", seed=2)
     state = {n: w.clone() for n, w in model.state_dict().items()}
 
     class Shell(torch.nn.Module):               # the names inside OpenAI's TorchScript archive
@@ -301,26 +302,26 @@ def test_the_same_weights_in_any_file_have_one_hash_and_the_text_tower_speaks(tm
     save_file(state, tmp_path / "w.safetensors")
     halves = {f"module.{n}": w.half() for n, w in state.items()}
     torch.save({"state_dict": halves}, tmp_path / "w.bin")
-    archive = common.load_clip(str(tmp_path / "ViT-B-32.pt"))
-    named = common.load_clip(f"ViT-B-32-quickgelu={tmp_path / 'w.safetensors'}")
+    archive = pretrained.load_clip(str(tmp_path / "ViT-B-32.pt"))
+    named = pretrained.load_clip(f"ViT-B-32-quickgelu={tmp_path / 'w.safetensors'}")
     assert archive.sha256 == named.sha256
-    half = common.load_clip(f"ViT-B-32-quickgelu={tmp_path / 'w.bin'}")
+    half = pretrained.load_clip(f"ViT-B-32-quickgelu={tmp_path / 'w.bin'}")
     assert half.sha256 != named.sha256
     prompts = ["point cloud of a big chair.", "point cloud of a big night stand."]
     with torch.no_grad():
         expected = model.encode_text(tokenizer(prompts))
     assert torch.allclose(named.text_features(prompts), expected, atol=1e-5)
     with pytest.raises(InputError, match="does not say which activation"):
-        common.load_clip(str(tmp_path / "w.safetensors"))
+        pretrained.load_clip(str(tmp_path / "w.safetensors"))
     with pytest.raises(InputError, match="do not fit ViT-B-16: .* tensors differ"):
-        common.load_clip(f"ViT-B-16={tmp_path / 'w.safetensors'}")
-    gelu = common.load_clip(f"ViT-B-32={tmp_path / 'w.safetensors'}")
+        pretrained.load_clip(f"ViT-B-16={tmp_path / 'w.safetensors'}")
+    gelu = pretrained.load_clip(f"ViT-B-32={tmp_path / 'w.safetensors'}")
     x = torch.randn(1, 5, 768)
     with torch.no_grad():                               # the trap: same weights, other activation
         assert (gelu.blocks[0](x) - named.blocks[0](x)).abs().max() > 1e-3
     (tmp_path / "cut.pt").write_bytes((tmp_path / "ViT-B-32.pt").read_bytes()[:100_000])
     with pytest.raises(InputError, match="cut.pt is not a readable weight file"):
-        common.load_clip(str(tmp_path / "cut.pt"))
+        pretrained.load_clip(str(tmp_path / "cut.pt"))
 
 
 @pytest.mark.parametrize("name, words", [
@@ -335,7 +336,7 @@ def test_the_same_weights_in_any_file_have_one_hash_and_the_text_tower_speaks(tm
 ])
 def test_a_wrong_clip_name_says_what_is_wrong_in_one_line(name, words):
     with pytest.raises(InputError, match=words) as error:
-        common.load_clip(name)
+        pretrained.load_clip(name)
     assert "\n" not in str(error.value)
 
 
@@ -346,7 +347,7 @@ def test_weights_that_cannot_be_fetched_name_the_file_and_the_alternatives(monke
         raise OSError("Name or service not known")
     monkeypatch.setattr(open_clip, "create_model", offline)
     with pytest.raises(InputError) as error:
-        common.load_clip("openai")
+        pretrained.load_clip("openai")
     for word in ("ViT-B-32.pt", "--clip nano", "--data synthetic", "could not be downloaded"):
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -354,10 +355,10 @@ def test_weights_that_cannot_be_fetched_name_the_file_and_the_alternatives(monke
 
 def test_a_timm_vit_computes_the_same_as_in_timm(tiny_clip):
     import timm
-    clip = common.load_clip(tiny_clip)
+    clip = pretrained.load_clip(tiny_clip)
     name, path = tiny_clip.removeprefix("timm:").split("=")
     vit = timm.create_model(name, pretrained=False).eval()
-    vit.load_state_dict(common.read_weights(path)[0])
+    vit.load_state_dict(pretrained.read_weights(path)[0])
     x = torch.randn(2, 7, clip.width)
     with torch.no_grad():
         expected, ours = vit.norm(vit.blocks(vit.norm_pre(x))), clip.ln_pre(x)
@@ -398,7 +399,7 @@ def vit_state():
 def test_published_weights_load_from_any_box_and_with_any_head(tmp_path, box):
     torch.save(vit_state(), tmp_path / "plain.pth")
     torch.save(box(vit_state()), tmp_path / "boxed.pth")
-    plain, boxed = (common.load_clip(f"timm:test_vit={tmp_path / name}.pth")
+    plain, boxed = (pretrained.load_clip(f"timm:test_vit={tmp_path / name}.pth")
                     for name in ("plain", "boxed"))
     assert boxed.sha256 == plain.sha256
 
@@ -420,7 +421,7 @@ class Code:
 def test_weights_that_do_not_fit_are_named(tmp_path, spoil, words):
     torch.save(spoil(vit_state()), tmp_path / "w.pth")
     with pytest.raises(InputError, match=words) as error:
-        common.load_clip(f"timm:test_vit={tmp_path / 'w.pth'}")
+        pretrained.load_clip(f"timm:test_vit={tmp_path / 'w.pth'}")
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
 
 
@@ -430,7 +431,7 @@ def test_a_file_that_holds_no_weights_is_named(tmp_path, content, suffix):
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"{path} is not a readable weight file, or cut short; "):
-        common.load_clip(f"timm:test_vit={path}")
+        pretrained.load_clip(f"timm:test_vit={path}")
 
 
 @pytest.mark.parametrize("clouds, batch, parts, processes, words", [

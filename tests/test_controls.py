@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import common
 import controls
 import nanoclip
+import pretrained
 import train_cls
 from run import ABLATIONS, InputError
 
@@ -73,7 +73,7 @@ def test_without_a_text_tower_there_are_no_rows_of_the_text_loss(tiny_clip):
     assert len(controls.variants_of("nano", "off")) == 1
     own = controls.variants_of(f"nano={nanoclip.FILE}", "off")[0]["random, frozen"][1]
     assert own == f"nano={nanoclip.FILE}=random"
-    assert common.load_clip(own).sha256 == common.load_clip("nano=random").sha256
+    assert pretrained.load_clip(own).sha256 == pretrained.load_clip("nano=random").sha256
     assert train_cls.settings(train_cls.flags(["--clip", own]))[0]["clip"] == own
     assert group["random, frozen"][1] == "timm:test_vit=random"
     assert group["shuffled, frozen"][1] == f"{tiny_clip}=shuffled"

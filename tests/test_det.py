@@ -14,6 +14,7 @@ from PIL import Image
 
 import checkpoint
 import common
+import pretrained
 import render
 import run
 import train_det as det
@@ -451,7 +452,7 @@ def settings_of(recipe, **more):
 
 
 def test_the_reference_configuration_trains_8_858_971_weights():
-    clip = common.load_clip("random")
+    clip = pretrained.load_clip("random")
     model = det.Detector(clip, 18, settings_of(det.RECIPES["scannet"]))
     parts = {model.tokenizer: 108_608, model.encoder.position: 99_584,
              model.encoder.task: 1_195_776}
@@ -467,7 +468,7 @@ def test_initial_weights_are_those_of_3detr():
     sqrt(2 / (inputs + outputs)), in the decoder alone; torch's default, sqrt(1 / (3 inputs)).
     """
     torch.manual_seed(0)
-    clip = common.load_clip("timm:test_vit=random")
+    clip = pretrained.load_clip("timm:test_vit=random")
     model = det.Detector(clip, 18, settings_of(det.RECIPES["scannet"]))
     layer = model.decoder[3]
     expected = {model.tokenizer.mlp[0]: (2 / 3) ** 0.5, model.tokenizer.mlp[3]: (2 / 64) ** 0.5,
@@ -491,7 +492,7 @@ def test_initial_weights_are_those_of_3detr():
 @pytest.fixture
 def model(tiny_clip):
     torch.manual_seed(0)
-    return det.Detector(common.load_clip(tiny_clip), 8, settings_of(SMALL))
+    return det.Detector(pretrained.load_clip(tiny_clip), 8, settings_of(SMALL))
 
 
 def test_every_token_of_a_scene_reaches_every_query_of_it_and_none_of_another(model, rooms):

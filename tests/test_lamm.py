@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
 import lamm
+import pretrained
 import train_det as det
 from data import synthetic_rooms
 from run import InputError
@@ -75,7 +75,7 @@ def released_checkpoint(path, flags=FLAGS, classes=18):
             weight(f"mlp_heads.{head}_head.layers.{i}.weight", 256, 256, 1)
             norm(f"mlp_heads.{head}_head.layers.{i + 1}", 256)
         linear(f"mlp_heads.{head}_head.layers.8", n, 256, 1)
-    visual, _ = common.open_clip_model("ViT-B-32-quickgelu", seed=3)
+    visual, _ = pretrained.open_clip_model("ViT-B-32-quickgelu", seed=3)
     for name, w in visual.visual.state_dict().items():      # at initial weights a block does little
         larger = 4 if "resblocks" in name and w.dim() == 2 else 1
         state[f"encoder.clip_vit.{name}"] = larger * w.detach()

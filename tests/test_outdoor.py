@@ -14,6 +14,7 @@ from PIL import Image
 
 import checkpoint
 import common
+import pretrained
 import run
 import train_outdoor as outdoor
 from data import kitti, synthetic_street
@@ -195,7 +196,7 @@ def settings_of(recipe=SMALL, **more):
 @pytest.fixture
 def model(tiny_clip):
     torch.manual_seed(0)
-    return outdoor.Segmenter(common.load_clip(tiny_clip), 12, settings_of())
+    return outdoor.Segmenter(pretrained.load_clip(tiny_clip), 12, settings_of())
 
 
 def batch(*scans, side=SMALL.voxel):
@@ -203,7 +204,7 @@ def batch(*scans, side=SMALL.voxel):
 
 
 def test_the_published_host_has_the_sizes_of_its_layers():
-    model = outdoor.Segmenter(common.load_clip("random"), 19,
+    model = outdoor.Segmenter(pretrained.load_clip("random"), 19,
                               settings_of(outdoor.RECIPES["semantickitti"]))
 
     def conv(taps, a, b):
@@ -225,7 +226,7 @@ def test_the_published_host_has_the_sizes_of_its_layers():
     assert common.sizes(model.encoder)[0] == inside
     assert common.sizes(model)[0] == host + inside
     assert not any("clip" in name for name in model.state_dict())
-    alone = outdoor.Segmenter(common.load_clip("random"), 19, settings_of(
+    alone = outdoor.Segmenter(pretrained.load_clip("random"), 19, settings_of(
         outdoor.RECIPES["semantickitti"], no_transformer=True))
     assert common.sizes(alone) == (host, 0)
 
@@ -250,7 +251,7 @@ def test_a_scan_does_not_change_the_logits_of_another_and_each_voxel_reaches_all
 def test_without_transformer_a_voxel_reaches_its_surroundings_alone(tiny_clip):
     """So the test above sees attention, and --no-transformer leaves it out."""
     torch.manual_seed(0)
-    clip = common.load_clip(tiny_clip)
+    clip = pretrained.load_clip(tiny_clip)
     model = outdoor.Segmenter(clip, 12, settings_of(no_transformer=True)).eval()
     xyz = np.float32([[i, j, 0] for i in range(600) for j in range(2)])
     scan = Scan("long", xyz, xyz[:, 0] / 600, np.zeros(1200, int))

@@ -18,9 +18,9 @@ from PIL import Image
 
 import analyse
 import bench
-import common
 import controls
 import look
+import pretrained
 import run as run_module
 import test_analyse
 import test_bench
@@ -95,8 +95,8 @@ def weights_that_are_not_here(monkeypatch):
 
 
 def small_clip(monkeypatch, tiny_clip):
-    load = common.load_clip
-    monkeypatch.setattr(common, "load_clip", lambda name, *a, **k: load(tiny_clip, *a, **k))
+    load = pretrained.load_clip
+    monkeypatch.setattr(pretrained, "load_clip", lambda name, *a, **k: load(tiny_clip, *a, **k))
 
 
 def small_recipes(monkeypatch, script, recipe):
@@ -154,13 +154,13 @@ def test_each_few_shot_command_runs(command, tmp_path, monkeypatch, tiny_clip, c
     episodes."""
     words = words_of(command, "train_fewshot.py", way="3", shot="4", shots_all="3", points="64",
                      groups="8", neighbours="8", epochs="1", batch_size="6")
-    load = common.load_clip
+    load = pretrained.load_clip
 
     def clip(name, seed=0, trainable=False):            # random is to differ from tiny_clip
         name = "timm:test_vit=random" if name.endswith("random") else tiny_clip
         return load(name, seed + 1, trainable)
 
-    monkeypatch.setattr(common, "load_clip", clip)
+    monkeypatch.setattr(pretrained, "load_clip", clip)
     classes = tuple(shapes(1))
 
     def load_data(cfg):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import checkpoint
-import common
+import pretrained
 import render
 import run
 import train_seg as seg
@@ -413,11 +413,11 @@ def settings_of(recipe, **more):
 @pytest.fixture
 def model(tiny_clip):
     torch.manual_seed(0)
-    return seg.Segmenter(common.load_clip(tiny_clip), 13, settings_of(SMALL))
+    return seg.Segmenter(pretrained.load_clip(tiny_clip), 13, settings_of(SMALL))
 
 
 def test_the_reference_configuration_has_the_sizes_of_its_parts():
-    model = seg.Segmenter(common.load_clip("random"), 13, settings_of(seg.RECIPES["s3dis"]))
+    model = seg.Segmenter(pretrained.load_clip("random"), 13, settings_of(seg.RECIPES["s3dis"]))
     expected = {"lift": 9 * 64 + 128,
                 "downs": 67 * 256 + 512 + 259 * 768 + 1536,
                 "encoder": 99_584 + 13 * 768 + 2 * (768 * 768 + 768),
