@@ -246,6 +246,14 @@ def test_a_run_says_which_kernels_run(monkeypatch):
     assert Setup("cpu", "fp32").describe.endswith("kernels in numba 0.68.1")
 
 
+def test_a_run_says_if_bf16_is_slow(monkeypatch):
+    monkeypatch.setattr(run_module, "has_bf16", lambda: False)
+    assert "bf16 (asked for; SLOW: this CPU has no" in Setup("cpu", "bf16").describe
+    assert "SLOW" not in Setup("cpu", "fp32").describe + Setup("cpu").describe
+    monkeypatch.setattr(run_module, "has_bf16", lambda: True)
+    assert "bf16 (asked for), kernels" in Setup("cpu", "bf16").describe
+
+
 def test_names_that_are_no_text_are_written_and_saved(tmp_path, capsys):
     name = "St\udcfchl.xyz"                 # how Python holds a byte that is not UTF-8
     run = Run("cls", {**CFG, "split": [[name], []]}, Setup("cpu", "fp32"))
