@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # triton.jit decides between compiler and interpreter when a kernel is defined, the kernel files
 # choose between Triton and torch in each call. So the variable is set for the import alone: other

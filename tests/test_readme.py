@@ -57,7 +57,8 @@ def test_readme_begins_with_two_commands_and_no_page_has_a_blank_left_to_fill():
     section = FENCES.sub("", README).split("\n## ")[1]
     assert section.startswith("Two commands")
     found = [line.split(" && ") for line in section.splitlines() if line.startswith("    ")]
-    assert [words[1] for words in found] == ["python train_cls.py", "python -m pytest -q tests"]
+    assert [words[1] for words in found] == [
+        "python train_cls.py", "python -m pytest -q -n 2 --dist loadfile tests"]
     assert len(PAGES) >= 5 and not any(re.search(r"@\w+@", page) for page in PAGES)
 
 
