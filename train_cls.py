@@ -20,8 +20,7 @@ import common
 import pretrained
 import render
 from checkpoint import amount, check_frozen, checkpoint_form, load_weights, saved_settings
-from common import (Classifier, FrozenCLIP, farthest, gather, loss_terms,
-                    prompt_features)
+from common import Classifier, FrozenCLIP, farthest, gather, loss_terms, prompt_features
 from data import objects
 from kernels import farthest_point_sample
 from run import (InputError, Run, Setup, all_reduce, best_of, main_guard, my_rows,

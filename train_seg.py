@@ -27,8 +27,7 @@ import common
 import pretrained
 import render
 from checkpoint import check_frozen, checkpoint_form, saved_settings
-from common import (BatchNorm, EPCLEncoder, any_rows, encoder_options, gather,
-                    random_rows)
+from common import BatchNorm, EPCLEncoder, any_rows, encoder_options, gather, random_rows
 from data import s3dis
 from data.files import (BrokenFile, absent, check_export, check_outputs, check_span, own_clouds,
                         read_cloud, write_ply)
