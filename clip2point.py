@@ -5,9 +5,11 @@
     features, = features_of([clip.visual], clip, points, cfg, setup)    (B, V, E)
     scores = zero_shot(features, text_features(clip, ["chair", "table"]))
 
-Huang et al., "CLIP2Point", ICCV 2023, and its release; train_clip2point.py pre-trains the depth
-tower. y is up here, as in the release: `y_up` turns clouds whose z is.
+Huang et al., "CLIP2Point", ICCV 2023, and its release. train_clip2point.py pre-trains the depth
+tower, zero_shot.py names clouds with it. y is up here, as in the release: `y_up` turns clouds whose
+z is.
 """
+import contextlib
 import copy
 import difflib
 import math
@@ -17,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
+from tqdm import tqdm
 
 import common
 import nanoclip
 import pretrained
 from checkpoint import load_weights
+from data import objects
 from kernels import splat
-from run import InputError
+from run import InputError, seed_of
 
 #     elevation, azimuth in degrees: the release's views
 AXIS10 = [(0, 0), (90, 0), (180, 0), (270, 0), (225, -45), (225, 45), (315, -45), (315, 45),
@@ -263,6 +267,64 @@ def zero_shot(features, text):
     return (F.normalize(features, dim=2) @ text.T).sum(1)
 
 
+# ---- Test clouds and their accuracy --------------------------------------------------------------
+# titles of the rows of a table
+BEFORE, AFTER, SHOTS = "CLIP's image tower", "depth tower", "with {} shots, dual-path adapter"
+
+
+class Test(NamedTuple):
+    name: str
+    xyz: torch.Tensor                       # (S, N, 3) in the unit sphere, y up
+    label: torch.Tensor                     # (S,)
+
+
+def load_test(name, cfg, points):
+    """-> the Test of a data set, (xyz, label) of its training clouds, classes, what was read, the
+    axis that was up in it."""
+    path = objects.prepare(name, cfg["root"], 2 * points, cfg["workers"])
+    *parts, classes, form = objects.load(path, points, 0.2, flag=False)
+    up = cfg["up"] or objects.up_of(form)
+    train, test = ((y_up(farthest(objects.unit_sphere(torch.from_numpy(xyz)), points), up),
+                    torch.from_numpy(label)) for xyz, label in parts)
+    return Test(f"{name}'s test clouds", *test), train, classes, form, up
+
+
+def evaluate(tower, tests, clip, text, cfg, setup):
+    """Cosines with the classes, summed over the views: (S, C) of each test."""
+    found = (features_of([tower], clip, test.xyz, cfg, setup)[0] for test in tests)
+    return [zero_shot(features, text).cpu() for features in found]
+
+
+def accuracy(scores, label, among=None):
+    """Share of clouds whose best class is right; among: of these classes alone."""
+    among = torch.as_tensor(range(scores.shape[1]) if among is None else among)
+    kept = torch.isin(label, among)
+    named = among[scores[kept][:, among].argmax(1)]
+    return (named == label[kept]).float().mean().item()
+
+
+def table(classes, tests, found):
+    """Lines of a table. found: {title: scores of each test}. Where the classes are nano's forty,
+    the twenty of the built-in classification stand beside them: their clouds, named among them."""
+    among = []
+    with contextlib.suppress(ModuleNotFoundError):      # a fork for its own data has none
+        from data.synthetic_objects import ALL_CLASSES, OBJECT_CLASSES
+        if set(classes) == set(ALL_CLASSES):
+            among = [[classes.index(name) for name in OBJECT_CLASSES]]
+    among.append(range(len(classes)))
+    columns = [(i, some) for i in range(len(tests)) for some in among]
+    yield f"{'accuracy in %':37}" + "".join(f"{tests[i].name:>26}" for i, _ in columns)
+    yield f"{'':37}" + "".join(f"{f'{len(some)} classes':>26}" for _, some in columns)
+    yield f"{'chance':37}" + "".join(f"{100 / len(some):26.2f}" for _, some in columns)
+    for title, scores in found.items():
+        shares = [accuracy(scores[i], tests[i].label, some) for i, some in columns]
+        yield f"{title:37}" + "".join(f"{100 * share:26.2f}" for share in shares)
+
+
+def percent(share):
+    return f"{100 * share:.2f} %"
+
+
 # ---- Few-shot ------------------------------------------------------------------------------------
 class Adapter(nn.Module):
     """Features of V views (B, V, E) -> one (B, E). Release, models/adapter.py.
@@ -295,3 +357,37 @@ class DualPathAdapter(nn.Module):
 
     def forward(self, depth, image):
         return F.normalize((self.depth(depth) + self.image(image)) / 2, dim=1)
+
+
+ADAPTER = {"batch": 32, "lr": 1e-3, "weight_decay": 1e-4}      # release, fewshot.py
+
+
+def adapt(tower, shots, tests, clip, text, cfg, setup):
+    """Train the dual-path adapter on clouds with labels, both towers frozen. Release, fewshot.py.
+
+    shots: (xyz, label). -> scores (S, C) of each test in the last epoch; the best accuracy on the
+    last test, its epoch. Towers and clouds stay as they are, so features are computed once.
+    """
+    towers, device = (tower, clip.visual), setup.device
+    pair = features_of(towers, clip, shots[0], cfg, setup, few=True)    # (S, V, E) of both
+    to_test = [features_of(towers, clip, test.xyz, cfg, setup, few=True) for test in tests]
+    label = shots[1].to(device)
+    draw = torch.Generator().manual_seed(seed_of(cfg["seed"], 1))
+    torch.manual_seed(seed_of(cfg["seed"]))
+    model = DualPathAdapter(*pair[0].shape[1:]).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=ADAPTER["lr"],
+                                  weight_decay=ADAPTER["weight_decay"])
+    best, epochs = (-1.0, 0), range(cfg["recipe"]["adapter"])
+    for epoch in tqdm(epochs, "adapter", unit="epoch", leave=False, disable=None):
+        model.train()
+        for rows in torch.randperm(len(label), generator=draw).to(device).split(ADAPTER["batch"]):
+            if len(rows) > 1:               # batch norm needs two
+                loss = F.cross_entropy(model(*(f[rows] for f in pair)) @ text.T, label[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            scores = [(model(*features) @ text.T).cpu() for features in to_test]
+        best = max(best, (accuracy(scores[-1], tests[-1].label), epoch + 1))
+    return scores, best

@@ -30,7 +30,7 @@ import warnings
 from pathlib import Path
 
 # Ctrl-C while torch is imported ends a script without a traceback, until `main_guard`
-importing = Path(sys.argv[0]).name.startswith("train_") and (
+importing = Path(sys.argv[0]).name.startswith(("train_", "zero_shot")) and (
     signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 if importing:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

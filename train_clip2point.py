@@ -1,24 +1,21 @@
 """CLIP2Point: teach a copy of CLIP's image tower to read depth maps (Huang et al., ICCV 2023).
 
     python train_clip2point.py                                built in: pre-train, then the table
-    python train_clip2point.py --predict chair.obj --classes "chair, table, lamp"
-    python train_clip2point.py --zero-shot modelnet40 --root DIR --shots 16
     python train_clip2point.py --data shapenet --root DIR     the paper's pre-training
     python train_clip2point.py --data folder --root DIR       on your meshes
+    python train_clip2point.py --eval RUN                     the table again
 
 A cloud is drawn as depth maps from several sides. Pre-training takes no label: the depth tower, a
 copy of CLIP's image tower, learns to give a depth map the feature that the frozen image tower gives
-a picture of the same side. Then a prompt names a cloud, without examples or with a few of them.
+a picture of the same side. Then a prompt names a cloud, without examples or with a few of them:
+zero_shot.py does that with any data.
 
 To change the data, edit `load_pairs` and RECIPES; the head, `DualPathAdapter` in clip2point.py,
-where depth maps are drawn, too; the backbone, pass another --clip.
+where depth maps are drawn and clouds are named, too; the backbone, pass another --clip.
 """
-import contextlib
 import copy
-import json
 import math
 import os
-from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
-from tqdm import tqdm
 
 import common
 import nanoclip
@@ -36,11 +32,11 @@ import pretrained
 import render
 from checkpoint import (WHOLE, check_frozen, checkpoint_form, config_form, load_weights,
                         saved_settings)
-from clip2point import (AXIS10, VIEWS, DualPathAdapter, cameras, depth_maps, farthest, features_of,
-                        knows, load_both_towers, pictures_of, text_features, tower_of, untrained,
-                        views_for, y_up, zero_shot)
+from clip2point import (AFTER, AXIS10, BEFORE, SHOTS, VIEWS, Test, accuracy, adapt, cameras,
+                        depth_maps, evaluate, knows, load_both_towers, load_test, percent,
+                        pictures_of, table, text_features, untrained, y_up)
 from data import objects
-from data.files import columns, read_boxes, read_json, read_ply, reading
+from data.files import reading
 from data.meshes import sample_surface
 from data.prepared import (in_parallel, is_fresh, load_prepared, prepared_folder, save_npz,
                            sources_of)
@@ -82,7 +78,6 @@ LOWEST = 1e-5               # learning rate at the end of a cosine
 HELD_OUT = (10, 303)        # built-in objects of a class to test on, complete; their seed
 SCANS = (16, 1), (10, 2)    # scanned ones: shots, to test on; the seeds of train_cls.py
 LEFT_OUT = "chair", "monitor", "table", "vase"          # of the control that never saw their depth
-ADAPTER = {"batch": 32, "lr": 1e-3, "weight_decay": 1e-4}      # release, fewshot.py
 
 
 # ---- Data: objects -> clouds, views and the features of their pictures, in memory ----------------
@@ -93,12 +88,6 @@ class Pairs(NamedTuple):
     views: torch.Tensor                     # (S, V, 2) elevation, azimuth of the pictures
     image: torch.Tensor                     # (S, V, E) the frozen tower's features of the pictures
     label: torch.Tensor                     # (S,); the controls alone read it
-
-
-class Test(NamedTuple):
-    name: str
-    xyz: torch.Tensor                       # (S, N, 3) in the unit sphere, y up
-    label: torch.Tensor                     # (S,)
 
 
 def draw_views(vertices, faces, views, size, rng):
@@ -233,16 +222,6 @@ def scanned(n, seed, points, classes):
     return objects.unit_sphere(y_up(torch.from_numpy(xyz))), torch.from_numpy(label)
 
 
-def load_test(name, cfg, points):
-    """-> the Test of a data set, (xyz, label) of its training clouds, classes, what was read."""
-    path = objects.prepare(name, cfg["root"], 2 * points, cfg["workers"])
-    *parts, classes, form = objects.load(path, points, 0.2, flag=False)
-    up = cfg["up"] or objects.up_of(form)
-    train, test = ((y_up(farthest(objects.unit_sphere(torch.from_numpy(xyz)), points), up),
-                    torch.from_numpy(label)) for xyz, label in parts)
-    return Test(f"{name}'s test clouds", *test), train, classes, f"{up} is up; {form}"
-
-
 # ---- Loss ----------------------------------------------------------------------------------------
 def nt_xent(a, b, temperature):
     """SimCLR's loss of pairs: a, b (B, E) -> the mean over all 2 B of them.
@@ -280,42 +259,6 @@ class DepthTowers(nn.Module):
 
     def forward(self, name, x):
         return self.towers[name](x)
-
-
-# ---- Metric --------------------------------------------------------------------------------------
-def evaluate(tower, tests, clip, text, cfg, setup):
-    """Cosines with the classes, summed over the views: (S, C) of each test."""
-    found = (features_of([tower], clip, test.xyz, cfg, setup)[0] for test in tests)
-    return [zero_shot(features, text).cpu() for features in found]
-
-
-def accuracy(scores, label, among=None):
-    """Share of clouds whose best class is right; among: of these classes alone."""
-    among = torch.as_tensor(range(scores.shape[1]) if among is None else among)
-    kept = torch.isin(label, among)
-    named = among[scores[kept][:, among].argmax(1)]
-    return (named == label[kept]).float().mean().item()
-
-
-def average_precision(found, true, least=0.25):
-    """Of one class, as VoteNet's and train_det.py's: the area under the monotone precision.
-
-    found: (scene, box (6,), score) of each detection; true: {scene: boxes (k, 6)}. A detection is
-    right if the true box it overlaps most has an IoU above `least` and was not found before.
-    """
-    right, taken = [], set()
-    for scene, box, _ in sorted(found, key=lambda one: -one[2]):
-        low = np.maximum(box[:3] - box[3:] / 2, true[scene][:, :3] - true[scene][:, 3:] / 2)
-        high = np.minimum(box[:3] + box[3:] / 2, true[scene][:, :3] + true[scene][:, 3:] / 2)
-        both = (high - low).clip(0).prod(1)                             # (k,)
-        iou = both / (box[3:].prod() + true[scene][:, 3:].prod(1) - both).clip(1e-8)
-        mine = (scene, int(iou.argmax())) if len(iou) else None
-        right.append(mine is not None and iou.max() > least and mine not in taken)
-        if right[-1]:
-            taken.add(mine)
-    hits, count = np.cumsum(right), sum(map(len, true.values()))
-    precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
-    return float(np.sum(np.diff(hits / count, prepend=0) * precision))
 
 
 # ---- Train ---------------------------------------------------------------------------------------
@@ -413,47 +356,6 @@ def train_step(model, optimizer, data, rows, clip, run):
     return sums
 
 
-def adapt(tower, shots, tests, clip, text, cfg, setup):
-    """Train the dual-path adapter on clouds with labels, both towers frozen. Release, fewshot.py.
-
-    shots: (xyz, label). -> scores (S, C) of each test in the last epoch; the best accuracy on the
-    last test, its epoch. Towers and clouds stay as they are, so features are computed once.
-    """
-    towers, device = (tower, clip.visual), setup.device
-    pair = features_of(towers, clip, shots[0], cfg, setup, few=True)    # (S, V, E) of both
-    to_test = [features_of(towers, clip, test.xyz, cfg, setup, few=True) for test in tests]
-    label = shots[1].to(device)
-    draw = torch.Generator().manual_seed(seed_of(cfg["seed"], 1))
-    torch.manual_seed(seed_of(cfg["seed"]))
-    model = DualPathAdapter(*pair[0].shape[1:]).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=ADAPTER["lr"],
-                                  weight_decay=ADAPTER["weight_decay"])
-    best, epochs = (-1.0, 0), range(cfg["recipe"]["adapter"])
-    for epoch in tqdm(epochs, "adapter", unit="epoch", leave=False, disable=None):
-        model.train()
-        for rows in torch.randperm(len(label), generator=draw).to(device).split(ADAPTER["batch"]):
-            if len(rows) > 1:               # batch norm needs two
-                loss = F.cross_entropy(model(*(f[rows] for f in pair)) @ text.T, label[rows])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            scores = [(model(*features) @ text.T).cpu() for features in to_test]
-        best = max(best, (accuracy(scores[-1], tests[-1].label), epoch + 1))
-    return scores, best
-
-
-def draw_shots(xyz, label, shots, seed):
-    """`shots` random clouds of each class; 0: all."""
-    rng, rows = np.random.default_rng(seed), []
-    for k in label.unique().tolist():
-        mine = np.flatnonzero(label.numpy() == k)
-        rows.append(np.sort(rng.permutation(mine)[:shots or None]))
-    rows = torch.from_numpy(np.concatenate(rows))
-    return xyz[rows], label[rows]
-
-
 # ---- Main ----------------------------------------------------------------------------------------
 def main(argv=None):
     args = flags(argv)
@@ -464,17 +366,10 @@ def main(argv=None):
     setup = Setup(args.device, cfg["precision"])
     clip = load_both_towers(cfg["clip"], cfg["seed"], setup.device)
     check_frozen(cfg, saved, clip)
-    if args.predict or args.detections:
-        work = predict if args.predict else name_boxes
-        out = Path(args.out or Path(args.eval or ".") / "predicted")
-        return work(args, out, clip, tower_of(clip, saved, args.official), cfg, setup)
     run = Run("clip2point", cfg, setup, saved)
-    if not args.eval and not args.zero_shot:
+    if not args.eval:
         run.open(__file__, folder or args.out)
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    if args.zero_shot:
-        return name_test(args, clip, tower_of(clip, saved, args.official), run)
-
     data, tests, classes, form = load_pairs(cfg, clip, setup)
     cfg["classes"], names = list(classes), [name.replace("_", " ") for name in classes]
     unknown = [name for name in names if not knows(clip, name)]
@@ -517,11 +412,6 @@ def main(argv=None):
         run.results(metrics, "accuracy", sizes, form)
 
 
-def percent(share):
-    return f"{100 * share:.2f} %"
-
-
-BEFORE, AFTER, SHOTS = "CLIP's image tower", "depth tower", "with {} shots, dual-path adapter"
 MISPAIRED = "control: pictures of other objects"
 
 
@@ -535,7 +425,8 @@ def report(towers, tests, clip, text, run):
         n, seed = SCANS[0]
         shots = scanned(n, seed, cfg["recipe"]["points"], cfg["classes"])
         found[SHOTS.format(n)], best = adapt(towers["depth"], shots, tests, *used)
-    print_table(run, tests, found)
+    for line in table(cfg["classes"], tests, found):
+        run.print(line)
     share = {title: accuracy(scores[-1], main.label) for title, scores in found.items()}
     metrics = {"accuracy": share[AFTER], "before": share[BEFORE]}
     if cfg["data"] != "synthetic":
@@ -557,85 +448,6 @@ def report(towers, tests, clip, text, run):
     return metrics
 
 
-def print_table(run, tests, found):
-    """found: {title: scores of each test}. Where the classes are nano's forty, the twenty of the
-    built-in classification stand beside them: their clouds, named among them."""
-    classes, among = run.cfg["classes"], []
-    with contextlib.suppress(ModuleNotFoundError):      # a fork for its own data has none
-        from data.synthetic_objects import ALL_CLASSES, OBJECT_CLASSES
-        if set(classes) == set(ALL_CLASSES):
-            among = [[classes.index(name) for name in OBJECT_CLASSES]]
-    among.append(range(len(classes)))
-    columns = [(i, some) for i in range(len(tests)) for some in among]
-    run.print(f"{'accuracy in %':37}" + "".join(f"{tests[i].name:>26}" for i, _ in columns))
-    run.print(f"{'':37}" + "".join(f"{f'{len(some)} classes':>26}" for _, some in columns))
-    run.print(f"{'chance':37}" + "".join(f"{100 / len(some):26.2f}" for _, some in columns))
-    for title, scores in found.items():
-        shares = [accuracy(scores[i], tests[i].label, some) for i, some in columns]
-        run.print(f"{title:37}" + "".join(f"{100 * share:26.2f}" for share in shares))
-
-
-def name_test(args, clip, tower, run):
-    """--zero-shot and --shots: name the test clouds of a data set."""
-    cfg, name = {**run.cfg, "root": args.root, "up": args.up}, args.zero_shot
-    test, shots, classes, form = load_test(name, cfg, cfg["recipe"]["points"])
-    # the release's prompt for ModelNet10 has an underscore: image of a night_stand
-    names = [word if name == "modelnet10" else word.replace("_", " ") for word in classes]
-    known = [i for i, word in enumerate(names) if knows(clip, word)]
-    unknown = [word for i, word in enumerate(names) if i not in known]
-    if not known:
-        raise InputError(f"{form}: {clip.name} knows none of its classes, "
-                         f"{', '.join(names)[:200]}; --clip openai knows all words")
-    test = Test(test.name, *of_classes(test.xyz, test.label, known))
-    run.cfg["classes"] = classes = [classes[i] for i in known]
-    text = text_features(clip, [names[i] for i in known])
-    run.print(f"data     {len(test.label):,} {test.name}, {len(known)} classes, {test.xyz.shape[1]}"
-              f" points; {form}")
-    if unknown:
-        run.print(f"left out {clip.name} does not know {', '.join(unknown)}")
-    if name.startswith("modelnet"):
-        run.print("note     published zero-shot numbers are of the manually aligned ModelNet40")
-    common.print_warning(run, clip.name)
-    with_shots = args.shots is not None
-    run.print(f"views    {views_for(clip, cfg)}"
-              + f", with shots {views_for(clip, cfg, True)}" * with_shots)
-    used = clip, text, cfg, run.setup
-    found = {BEFORE: evaluate(clip.visual, [test], *used)}
-    if tower is not clip.visual:
-        found[AFTER] = evaluate(tower, [test], *used)
-    scores, = found.get(AFTER, found[BEFORE])
-    if with_shots:
-        shots = draw_shots(*of_classes(*shots, known), args.shots, cfg["seed"])
-        counts = torch.bincount(shots[1], minlength=len(known)).tolist()
-        few = [word for word, count in zip(classes, counts) if count < args.shots]
-        run.print(f"shots    {len(shots[1]):,} clouds"
-                  + f"; there are fewer than {args.shots} of {', '.join(few)}" * bool(few))
-        found[SHOTS.format(args.shots or "all")], best = adapt(tower, shots, [test], *used)
-    print_table(run, [test], found)
-    if with_shots:
-        run.print(f"adapter  last epoch (best on test: {percent(best[0])} in epoch {best[1]})")
-    worst_classes(run, scores, test.label)
-
-
-def of_classes(xyz, label, known):
-    """The clouds of some classes, which are numbered anew in their order."""
-    known = torch.tensor(known)
-    kept = torch.isin(label, known)
-    return xyz[kept], torch.searchsorted(known, label[kept])
-
-
-def worst_classes(run, scores, label, most=8):
-    """Zero-shot, the classes that are named worst, and what their clouds are mostly taken for."""
-    classes, named, lines = run.cfg["classes"], scores.argmax(1), []
-    for k in label.unique().tolist():
-        mine = named[label == k]
-        wrong = mine[mine != k]
-        taken = f" ({classes[wrong.mode().values]})" if len(wrong) else ""
-        share = 1 - len(wrong) / len(mine)
-        lines.append((share, f"{classes[k]} {100 * share:.0f} %{taken}"))
-    run.print("worst    " + ", ".join(line for _, line in sorted(lines)[:most]))
-
-
 def picture(tower, test, clip, text, cfg, setup, most=12):
     """look.png: clouds of a test set, up to three depth maps of each, and how they are named."""
     rows = torch.linspace(0, len(test.label) - 1, min(most, len(test.label))).round().long()
@@ -649,128 +461,12 @@ def picture(tower, test, clip, text, cfg, setup, most=12):
     return render.sheet(cells, 9, f"depth maps of {test.name}, zero-shot; wrong ones in red")
 
 
-# A mean cosine so much higher is clearly higher. Of 300 real clouds of ModelNet40, named among five
-# words, this points out 66 % that are given with the wrong axis up, and 8 % with the right one.
-CLEARLY = 0.08
-
-
-def predict(args, out, clip, tower, cfg, setup):
-    """Name anybody's meshes or clouds among anybody's words, and draw what was looked at."""
-    names, points, cells = words_of(args.classes), cfg["recipe"]["points"], []
-    text, (up, other) = text_features(clip, names), "yz" if args.up == "y" else "zy"
-    for file in args.predict:
-        xyz = torch.from_numpy(objects.read_one(file, 2 * points, points))
-        xyz = objects.unit_sphere(farthest(xyz[None], points))          # (1, N, 3)
-        seen = (features_of([tower], clip, y_up(xyz, axis), cfg, setup)[0] for axis in (up, other))
-        mean, turned = (zero_shot(f, text)[0] / f.shape[1] for f in seen)       # cosines (C,)
-        share = (clip.scale * mean).softmax(0).tolist()
-        words = [f"{names[i]} {100 * share[i]:.0f} % ({mean[i]:.2f})"
-                 for i in mean.topk(min(5, len(names))).indices.tolist()]
-        print(f"{file}:", *(f"  {word}" for word in words))
-        if turned.max() > mean.max() + CLEARLY:
-            print(f"{file}: with --up {other} it would be {names[turned.argmax()]} "
-                  f"({turned.max():.2f}); does {other} point up in it?")
-        maps, = pictures_of(clip, y_up(xyz, up), cfg)                   # (V, H, W, 3)
-        lines, V = [Path(file).name, *words], len(maps)
-        cells += [render.Cell(x, "\n".join(lines[i::V])) for i, x in enumerate(maps)]
-    what = BEFORE if tower is clip.visual else AFTER
-    title = f"what {clip.name}, {what}, looked at, {up} up: share (mean cosine)"
-    render.save(out / "look.png", render.sheet(cells[:40 * V], V, title))       # of 40 files
-    print(f"look: {out / 'look.png'}")
-
-
-def name_boxes(args, out, clip, tower, cfg, setup):
-    """--detections: give the boxes that train_det.py exported, with their clouds, anybody's words.
-
-    Each box of 16 points or more is cut out, drawn and named. Writes them to NAME.json, scores
-    multiplied by the share of the name. With --root, where NAME.json is of the true boxes, prints
-    mAP@0.25.
-    """
-    names, folder = words_of(args.classes), Path(args.detections)
-    folder = folder / "predicted" if (folder / "predicted").is_dir() else folder
-    files = sorted(path for path in folder.glob("*.json") if path.with_suffix(".ply").is_file())
-    if not files:
-        raise InputError(f"--detections {folder}: no NAME.json with NAME.ply, as train_det.py "
-                         "--export or --predict writes them")
-    text, found, true = text_features(clip, names), [], {}
-    if out.resolve() == folder.resolve():
-        raise InputError(f"--out {out}: the boxes lie there and would be written over; give "
-                         "another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        _, boxes = read_boxes(path)                                     # (k, 6)
-        listed, named = read_json(path), []
-        with reading(path.with_suffix(".ply"), "export it again"):
-            vertices, polygons = read_ply(path.with_suffix(".ply").read_bytes())
-            xyz = columns(vertices, "x", "y", "z", kind=np.float64)
-        xyz = np.delete(xyz, [] if polygons is None else np.unique(polygons), 0)    # edges of boxes
-        for entry, box in zip(listed, boxes):
-            inside = xyz[(np.abs(xyz - box[:3]) <= box[3:] / 2).all(1)].astype(np.float32)
-            if len(inside) < 16:
-                continue
-            cloud = farthest(torch.from_numpy(inside)[None],
-                             min(cfg["recipe"]["points"], len(inside)))
-            cloud = y_up(objects.unit_sphere(cloud), args.up or "z")    # (1, N, 3)
-            f, = features_of([tower], clip, cloud, cfg, setup)
-            share = (clip.scale * zero_shot(f, text)[0] / f.shape[1]).softmax(0)
-            entry["class"] = names[share.argmax()]
-            entry["score"] = float(share.max()) * entry.get("score", 1.0)
-            named.append(entry)
-            found.append((path.stem, box, entry["score"], entry["class"]))
-        (out / path.name).write_text(json.dumps(named, indent=1), encoding="utf-8")
-        kinds = [entry["class"] for entry in named]
-        counts = ", ".join(f"{kinds.count(name)} {name}" for name in names if name in kinds)
-        empty = len(listed) - len(named)
-        print(f"{path.stem}: {counts or 'no box'}"
-              + f"; {empty} of fewer than 16 points left out" * bool(empty))
-        if args.root:
-            places = [Path(args.root) / part / path.name for part in ("", "val", "test")]
-            truth = next((place for place in places if place.is_file()), None)
-            if truth is None:
-                raise InputError(f"--root {args.root}: has no {path.name}, val/{path.name} or "
-                                 f"test/{path.name} with the true boxes; leave --root out")
-            true[path.stem] = read_boxes(truth)
-    if args.root:
-        print_precision(found, true, names, args.root, clip.name)
-    print(f"boxes: {out}")
-
-
-def print_precision(found, true, names, root, clip):
-    """found: (scene, box, score, name) of each detection; true: {scene: (names, boxes)}."""
-    aps = []
-    def plain(name):                        # night_stand, Night stand
-        return name.replace("_", " ").lower()
-
-    for name in names:
-        mine = {scene: boxes[[plain(kind) == plain(name) for kind in kinds]]
-                for scene, (kinds, boxes) in true.items()}
-        count = sum(map(len, mine.values()))
-        if count:
-            aps.append(average_precision([f[:3] for f in found if f[3] == name], mine))
-            print(f"{name:16s}{count:6d} boxes, AP@0.25 {100 * aps[-1]:5.1f}")
-        else:
-            print(f"{name:16s}     no true box; not in the mean")
-    if not aps:
-        raise InputError(f"--root {root}: has no true box of any of --classes {', '.join(names)}")
-    print(f"result   mAP@0.25 {percent(sum(aps) / len(aps))} over {len(aps)} classes that occur; "
-          f"{clip}")
-
-
-def words_of(classes):
-    names = [name.strip() for name in classes.split(",")]
-    if "" in names:
-        raise InputError(f'--classes "{classes}": has an empty word; write "chair, table"')
-    if len(set(names)) < len(names):
-        raise InputError(f'--classes "{classes}": has a word twice; leave one out')
-    return names
-
-
 def flags(argv):
     parser = recipe_parser(__doc__, RECIPES)
     shared_flags(parser)
     flag = parser.add_argument
-    flag("--clip", metavar="NAME", help=f"{pretrained.CLIP_NAMES} (default: openai; nano where no "
-                                        "--data is given)")
+    flag("--clip", metavar="NAME", help=f"{pretrained.CLIP_NAMES} (default: openai; for synthetic "
+                                        "data: nano)")
     flag("--objects", type=whole(1), metavar="N", help="built-in objects of each class")
     flag("--temperature", type=float, metavar="T", help="of the contrast: 0.07 as released (the "
                                                         "default), 0.7 as the supplement prints")
@@ -778,19 +474,9 @@ def flags(argv):
     flag("--from-scratch", action="store_true", help="control: a depth tower that begins untrained")
     flag("--average", action="store_true",
          help="control: the mean of a pixel's points, as PointCLIP, not the nearest")
-    flag("--views", choices=VIEWS, help="sides that a cloud is looked at from (default: axis6, "
+    flag("--views", choices=VIEWS, help="sides that a test looks at a cloud from (default: axis6, "
                                         "with shots axis10; nano: oblique6)")
-    flag("--up", choices=["z", "y"], help="the axis that points up in your data (default z)")
-    flag("--zero-shot", choices=["modelnet40", "modelnet10", "scanobjectnn", "folder"],
-         help="name the test clouds of --root, without training")
-    flag("--shots", type=whole(0), metavar="K", help="with --zero-shot: train the dual-path "
-         "adapter on K clouds of each class, too; 0: on all")
-    flag("--predict", nargs="+", metavar="FILE", help="name meshes or clouds, without training")
-    flag("--detections", metavar="DIR", help="name the boxes that train_det.py exported there, or "
-         "a run of it; with --root, the folder of the true boxes, print mAP@0.25")
-    flag("--classes", metavar="WORDS", help='with --predict, --detections: "chair, table, lamp"')
-    flag("--init-official", metavar="FILE", dest="official",
-         help="with --zero-shot or --predict and --clip openai: the authors' depth tower")
+    flag("--up", choices=["z", "y"], help="--data folder: the axis that points up (default z)")
     return parser.parse_args(argv)
 
 
@@ -803,46 +489,22 @@ SAVED = {                                   # forms of the settings that are thi
 
 def settings(args):
     """Flags over a recipe or a saved run -> config, checkpoint or None, run folder or None."""
-    looks = [name for name in ("zero_shot", "predict", "detections") if getattr(args, name)]
-    training = next((name for name in ("from_scratch", "loss", "temperature", "objects", "epochs",
-                                       "batch_size", "lr", "compile")
-                     if getattr(args, name)), "")
-    for wrong, line in (
-            (len(looks) > 1, "--zero-shot, --predict and --detections: give one of them"),
-            (looks and (args.data or args.resume), "--zero-shot, --predict and --detections "
-             "pre-train nothing; leave --data and --resume out"),
-            (bool(args.predict or args.detections) != bool(args.classes), "--predict and "
-             "--detections need words to choose from, and words need one of them: --classes "
-             '"chair, table"'),
-            (args.shots is not None and not args.zero_shot, "--shots needs clouds with labels: add "
-             "--zero-shot modelnet40 --root DIR"),
-            (args.zero_shot and args.out, "--zero-shot prints and writes nothing; leave --out out"),
-            (args.predict and args.root, "--predict takes files; leave --root out"),
-            (args.official and (not looks or args.eval), "--init-official gives the depth tower of "
-             "--zero-shot, --predict or --detections"),
-            (looks and training, f"--{training.replace('_', '-')} is of pre-training, and "
-             "--zero-shot, --predict and --detections do none; leave it out"),
-            (args.up and not looks and not args.eval and args.data != "folder", "--up is the axis "
-             "that points up in your own data; leave it out")):
-        if wrong:
-            raise InputError(line)
-    own = {"views": args.views, "average": args.average}
-    # what is asked of a finished tower changes nothing of what was trained
-    later = ["zero_shot", "shots", "predict", "detections", "classes", "official"]
-    later += ["up", "root", "out"] * bool(looks) + [*own] * bool(args.eval)
-    args = Namespace(**{**vars(args), **dict.fromkeys(later)})
+    if args.up and args.data != "folder" and not args.resume and not args.eval:
+        raise InputError("--up is the axis that points up in your own data; leave it out")
+    if args.objects and args.data not in (None, "synthetic"):
+        raise InputError(f"--objects is of the built-in data; leave it out with --data {args.data}")
+    views = {"views": args.views, "average": args.average}
+    if args.eval:                           # it may look from other sides than the training did
+        args.views, args.average = None, False
     if args.resume or args.eval:
         cfg, saved, folder = saved_settings(args, "clip2point", Recipe, SAVED,
                                             checkpoint_form(sums=3))
-        return {**cfg, **{name: value for name, value in own.items() if value}}, saved, folder
-    if args.objects and args.data not in (None, "synthetic"):
-        raise InputError(f"--objects is of the built-in data; leave it out with --data {args.data}")
-    small = not looks or (args.clip or "nano").startswith("nano")      # the sizes of our own recipe
-    recipe = with_flags(RECIPES[args.data or ("synthetic" if small else "shapenet")], args)
+        return {**cfg, **{name: value for name, value in views.items() if value}}, saved, folder
+    recipe = with_flags(RECIPES[args.data or "synthetic"], args)
     if not 0 < recipe.temperature < math.inf:
         raise InputError(f"--temperature {recipe.temperature} must be above 0, and a number")
     cfg = shared_settings(args, recipe)
-    return {**cfg, **own, "loss": args.loss or "both", "from_scratch": args.from_scratch,
+    return {**cfg, **views, "loss": args.loss or "both", "from_scratch": args.from_scratch,
             "up": args.up or "z"}, None, None
 
 

@@ -1,4 +1,4 @@
-"""clip2point.py, train_clip2point.py: depth maps as a slow rasteriser's, losses, runs, messages."""
+"""clip2point.py, its two scripts: depth maps as a slow rasteriser's, losses, runs, messages."""
 import contextlib
 import copy
 import hashlib
@@ -18,6 +18,7 @@ import pretrained
 import train_clip
 import train_clip2point as c2p
 import train_det
+import zero_shot
 from data.meshes import sample_surface
 from data.objects import unit_sphere
 from data.synthetic_objects import make_object
@@ -60,7 +61,7 @@ def test_depth_maps_are_those_of_a_slow_rasteriser(average):
     clouds[1] = np.round(clouds[1] * 2) / 2             # a lattice: many points at one depth
     clouds = unit_sphere(torch.from_numpy(clouds).float())
     views = torch.tensor([(1, 0, 0), (.93, 25, 60), (1.1, -20, 200), (1, 225, -45), (1, 180, 0)])
-    maps = c2p.depth_maps(clouds, views, 24, .11, average)
+    maps = clip2point.depth_maps(clouds, views, 24, .11, average)
     assert maps.shape == (2, 5, 24, 24) and maps.dtype == torch.float32
     wrong = 0
     for b in range(2):
@@ -75,37 +76,37 @@ def test_one_point_and_two_worked_by_hand():
     # view 0: the eye at +z, so depth is 1 - z; x to the right, y up
     points = torch.tensor([[[.5, .5, .5], [-.5, -.5, -.5]]])
     view = torch.tensor([[1.0, 0, 0]])
-    image = c2p.depth_maps(points, view, 8, .2)[0, 0]
+    image = clip2point.depth_maps(points, view, 8, .2)[0, 0]
     # centres lie at -.875, -.625, ..: those within .2 of .5 are .375 and .625, in x and in y
     near, far = image[1:3, 5:7], image[5:7, 1:3]
     assert (near == 0).all()                            # (.5 - min) / 1.5
     torch.testing.assert_close(far, torch.full((2, 2), (1.5 - .5) / 1.5 * 200 / 255))
     assert (image == 1).sum() == 64 - 8
     # farther away: smaller, and deeper. z = 1.25 -+ .4
-    image = c2p.depth_maps(points, torch.tensor([[1.25, 0, 0]]), 8, .2)[0, 0]
+    image = clip2point.depth_maps(points, torch.tensor([[1.25, 0, 0]]), 8, .2)[0, 0]
     z = torch.tensor([1.25 - .4, 1.25 + .4])
     values = (z - .85) / 1.65 * 200 / 255
     torch.testing.assert_close(image[image < 1].unique(), values)
     # every depth beyond 1: the minimum is that of the empty pixels
-    image = c2p.depth_maps(torch.tensor([[[.1, 0, -.5]]]), view, 8, .2)[0, 0]
+    image = clip2point.depth_maps(torch.tensor([[[.1, 0, -.5]]]), view, 8, .2)[0, 0]
     torch.testing.assert_close(image.min(), torch.tensor(.5 / 1.5 * 200 / 255))
 
 
 def test_the_nearest_point_wins_and_what_is_behind_the_camera_is_not_drawn():
     points = torch.tensor([[[0., 0, -.5], [0, 0, .5], [0, 0, .5], [.5, 0, 0]]])
     view = torch.tensor([[1.0, 0, 0]])
-    image = c2p.depth_maps(points, view, 16, .1)[0, 0]
+    image = clip2point.depth_maps(points, view, 16, .1)[0, 0]
     assert image[8, 8] == 0                             # z = .5, not 1.5
-    mean = c2p.depth_maps(points, view, 16, .1, average=True)[0, 0]
+    mean = clip2point.depth_maps(points, view, 16, .1, average=True)[0, 0]
     z = torch.tensor([(1.5 + .5 + .5) / 3, 1.0])
     assert mean[8, 8] == 0 and mean[8, 12] == pytest.approx(
         ((z[1] - z[0]) / z[1] * 200 / 255).item(), rel=1e-5)
     # at distance .8 the point (0, 0, .9) becomes z = .8 - 1.125 < 0
-    image = c2p.depth_maps(torch.tensor([[[0, 0, .9]]]), torch.tensor([[.8, 0, 0]]), 16, .1)
+    image = clip2point.depth_maps(torch.tensor([[[0, 0, .9]]]), torch.tensor([[.8, 0, 0]]), 16, .1)
     assert (image == 1).all()
     # z = 0 counts as empty, and hides what is behind it: as released
     both = torch.tensor([[[0, 0, 1.], [0, 0, -1]]])
-    assert (c2p.depth_maps(both, view, 16, .1) == 1).all()
+    assert (clip2point.depth_maps(both, view, 16, .1) == 1).all()
 
 
 @pytest.mark.parametrize("elevation, azimuth, right, up, eye", [
@@ -119,7 +120,7 @@ def test_the_nearest_point_wins_and_what_is_behind_the_camera_is_not_drawn():
     (225, -45, (-.5 ** .5, 0, -.5 ** .5), (.5, .5 ** .5, -.5), (.5, -.5 ** .5, -.5)),
 ])
 def test_cameras_of_the_released_views_worked_by_hand(elevation, azimuth, right, up, eye):
-    axes = c2p.cameras(torch.tensor([1.0, elevation, azimuth]))
+    axes = clip2point.cameras(torch.tensor([1.0, elevation, azimuth]))
     wanted = torch.tensor([right, up, tuple(-x for x in eye)], dtype=torch.float32)
     torch.testing.assert_close(axes, wanted, atol=1e-6, rtol=0)
     assert torch.linalg.det(axes).item() == pytest.approx(-1, abs=1e-5)     # right, up, away
@@ -128,9 +129,9 @@ def test_cameras_of_the_released_views_worked_by_hand(elevation, azimuth, right,
 def test_a_chair_shows_its_front_in_view_0_and_its_back_in_the_third():
     rng = np.random.default_rng(3)
     xyz = sample_surface(*make_object("chair", rng), 2048, rng)     # its front faces +x, z is up
-    points = unit_sphere(c2p.y_up(torch.from_numpy(xyz)))[None]
+    points = unit_sphere(clip2point.y_up(torch.from_numpy(xyz)))[None]
     views = torch.tensor([(1., 0, 0), (1, 0, 180), (1, 0, 90)])
-    front, back, side = c2p.depth_maps(points, views, 64, .06)[0]
+    front, back, side = clip2point.depth_maps(points, views, 64, .06)[0]
     upper = slice(0, 28), slice(20, 44)                 # the backrest: far from the front
     inside = (front < 1) & (back < 1)
     assert front[upper][inside[upper]].mean() > back[upper][inside[upper]].mean() + .1
@@ -143,16 +144,16 @@ def test_each_cloud_may_have_views_of_its_own():
     points = unit_sphere(torch.randn(3, 50, 3, generator=torch.Generator()))
     views = torch.tensor([[(1., 0, 10), (1.1, 30, 20)], [(.9, 5, 5), (1, 0, 0)],
                           [(1., 90, 0), (1, 1, 1)]])
-    maps = c2p.depth_maps(points, views, 20, .1)
+    maps = clip2point.depth_maps(points, views, 20, .1)
     for b in range(3):
-        assert torch.equal(maps[b:b + 1], c2p.depth_maps(points[b:b + 1], views[b], 20, .1))
+        assert torch.equal(maps[b:b + 1], clip2point.depth_maps(points[b:b + 1], views[b], 20, .1))
 
 
 def test_depth_maps_follow_the_cloud_not_the_order_of_its_points():
     points = unit_sphere(torch.randn(1, 80, 3))
     views = torch.tensor([[1.0, 25, 60]])
-    assert torch.equal(c2p.depth_maps(points, views, 32, .1),
-                       c2p.depth_maps(points[:, torch.randperm(80)], views, 32, .1))
+    assert torch.equal(clip2point.depth_maps(points, views, 32, .1),
+                       clip2point.depth_maps(points[:, torch.randperm(80)], views, 32, .1))
 
 
 # --- losses and adapter ---------------------------------------------------------------------------
@@ -185,10 +186,10 @@ def test_the_loss_joins_cross_and_intra_by_a_learned_balance():
 
 
 def test_the_adapter_has_the_release_s_weights_and_computes_what_it_says():
-    model = c2p.DualPathAdapter(10, 512)
+    model = clip2point.DualPathAdapter(10, 512)
     one = 10 + 2 * 512 + (5120 * 512 + 512) + 2 * 512 + (512 * 512 + 512)
     assert sum(p.numel() for p in model.parameters()) == 2 * one == 5_773_332
-    model = c2p.DualPathAdapter(3, 4).eval()
+    model = clip2point.DualPathAdapter(3, 4).eval()
     depth, image = torch.randn(2, 5, 3, 4)
     out = model(depth, image)
     total = 0
@@ -223,10 +224,10 @@ def test_lamb_is_the_optimiser_of_the_published_recipe():
 def test_cosines_are_summed_over_the_views_and_classes_may_be_left_out():
     text = torch.eye(3)
     f = torch.tensor([[[3., 4, 0], [0, 5, 0]]])
-    torch.testing.assert_close(c2p.zero_shot(f, text), torch.tensor([[.6, 1.8, 0]]))
+    torch.testing.assert_close(clip2point.zero_shot(f, text), torch.tensor([[.6, 1.8, 0]]))
     scores, label = torch.tensor([[3., 2, 1], [1, 2, 3], [3, 2, 1]]), torch.tensor([0, 1, 1])
-    assert c2p.accuracy(scores, label) == pytest.approx(1 / 3)
-    assert c2p.accuracy(scores, label, [1, 2]) == pytest.approx(1 / 2)      # of two clouds
+    assert clip2point.accuracy(scores, label) == pytest.approx(1 / 3)
+    assert clip2point.accuracy(scores, label, [1, 2]) == pytest.approx(1 / 2)      # of two clouds
 
 
 # --- CLIP and towers ------------------------------------------------------------------------------
@@ -247,58 +248,58 @@ def nano(tmp_path_factory):
 
 
 def test_clip_is_loaded_whole_and_prepares_pictures_as_it_wants_them(nano):
-    clip = c2p.load_both_towers(nano, 0, "cpu")
+    clip = clip2point.load_both_towers(nano, 0, "cpu")
     assert (clip.size, clip.radius, clip.model) == (32, .06, "nano")
     x = torch.rand(2, 32, 32)
     torch.testing.assert_close(clip.prepared(x), (2 * x - 1)[:, None].expand(-1, 3, -1, -1))
     assert not any(p.requires_grad for p in clip.visual.parameters()) and not clip.visual.training
-    other = c2p.load_both_towers("random", 0, "cpu")
+    other = clip2point.load_both_towers("random", 0, "cpu")
     assert (other.size, other.radius, other.model) == (224, .02, "ViT-B-32-quickgelu")
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])    # OpenAI's, as in the release
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
     torch.testing.assert_close(other.prepared(torch.ones(1, 1, 1))[0, :, 0, 0], (1 - mean) / std)
     assert other.encode([clip2point.PROMPT.format("zebra")]).shape == (1, 512)
     with pytest.raises(InputError, match="has no text tower, and CLIP2Point names by prompts"):
-        c2p.load_both_towers("timm:test_vit=random", 0, "cpu")
+        clip2point.load_both_towers("timm:test_vit=random", 0, "cpu")
 
 
 def test_a_clip_of_a_file_has_the_file_s_patch_embedding(nano, tmp_path):
     model, _ = pretrained.open_clip_model("ViT-B-32-quickgelu", seed=5)
     torch.save(model.state_dict(), tmp_path / "weights.bin")
-    clip = c2p.load_both_towers(f"ViT-B-32-quickgelu={tmp_path / 'weights.bin'}", 0, "cpu")
+    clip = clip2point.load_both_towers(f"ViT-B-32-quickgelu={tmp_path / 'weights.bin'}", 0, "cpu")
     for name, weight in model.visual.state_dict().items():
         assert torch.equal(clip.visual.state_dict()[name], weight), name
 
 
 def test_shuffled_and_random_towers_are_others(nano):
     names = nano, f"{nano}=shuffled", nano
-    found = [c2p.load_both_towers(name, 0, "cpu").sha256 for name in names]
+    found = [clip2point.load_both_towers(name, 0, "cpu").sha256 for name in names]
     assert found[0] == found[2] != found[1]
 
 
 def test_an_untrained_tower_has_the_sizes_and_not_the_weights(nano):
-    clip = c2p.load_both_towers(nano, 0, "cpu")
-    own, other = clip.visual.state_dict(), c2p.untrained(clip, 3).state_dict()
+    clip = clip2point.load_both_towers(nano, 0, "cpu")
+    own, other = clip.visual.state_dict(), clip2point.untrained(clip, 3).state_dict()
     assert {k: w.shape for k, w in own.items()} == {k: w.shape for k, w in other.items()}
     assert not torch.equal(own["proj"], other["proj"])
-    assert torch.equal(other["proj"], c2p.untrained(clip, 3).state_dict()["proj"])
-    assert not torch.equal(other["proj"], c2p.untrained(clip, 4).state_dict()["proj"])
+    assert torch.equal(other["proj"], clip2point.untrained(clip, 3).state_dict()["proj"])
+    assert not torch.equal(other["proj"], clip2point.untrained(clip, 4).state_dict()["proj"])
 
 
 def test_unknown_words_are_refused_with_the_nearest_known_ones(nano):
-    clip = c2p.load_both_towers(nano, 0, "cpu")
-    assert c2p.text_features(clip, ["chair", "night stand"]).shape == (2, 64)
+    clip = clip2point.load_both_towers(nano, 0, "cpu")
+    assert clip2point.text_features(clip, ["chair", "night stand"]).shape == (2, 64)
     with pytest.raises(InputError, match=r"not 'chairs' \(near it: chair, .*'lorry' \(near it"):
-        c2p.text_features(clip, ["chairs", "table", "lorry"])
+        clip2point.text_features(clip, ["chairs", "table", "lorry"])
 
 
 def test_the_authors_tower_is_taken_by_its_names_or_refused_in_one_line(nano, tmp_path):
-    clip = c2p.load_both_towers(nano, 0, "cpu")
+    clip = clip2point.load_both_towers(nano, 0, "cpu")
     released = {f"module.point_model.{name}": w + 1 if w.is_floating_point() else w
                 for name, w in clip.visual.state_dict().items()}
     released.update({"module.weights": torch.ones(()), "module.image_model.proj": torch.ones(2)})
     torch.save(released, tmp_path / "best_test.pth")
-    tower = c2p.tower_of(clip, None, tmp_path / "best_test.pth")
+    tower = clip2point.tower_of(clip, None, tmp_path / "best_test.pth")
     for name, weight in clip.visual.state_dict().items():
         if weight.is_floating_point():
             assert torch.equal(tower.state_dict()[name], weight + 1)
@@ -306,27 +307,27 @@ def test_the_authors_tower_is_taken_by_its_names_or_refused_in_one_line(nano, tm
     torch.save(released, tmp_path / "cut.pth")
     with pytest.raises(InputError, match=r"cut.pth: its weights point_model.* do not fit the image "
                                          "tower of nano: 1 tensors differ, proj missing"):
-        c2p.tower_of(clip, None, tmp_path / "cut.pth")
+        clip2point.tower_of(clip, None, tmp_path / "cut.pth")
 
 
 def test_the_shipped_tower_is_checked_and_belongs_to_its_nano(nano, tmp_path, monkeypatch):
-    clip = c2p.load_both_towers(nano, 0, "cpu")._replace(name="nano")
+    clip = clip2point.load_both_towers(nano, 0, "cpu")._replace(name="nano")
     path = tmp_path / "depth.safetensors"
     monkeypatch.setattr(nanoclip, "DEPTH_FILE", path)
     with pytest.raises(InputError, match="is missing; restore it, or make one"):
-        c2p.tower_of(clip, None, None)
+        clip2point.tower_of(clip, None, None)
     tower = copy.deepcopy(clip.visual)
     with torch.no_grad():
         tower.proj += .5
     nanoclip.save_depth(path, tower, clip.sha256)
     with pytest.raises(InputError, match="is not the file of this repository"):
-        c2p.tower_of(clip, None, None)
+        clip2point.tower_of(clip, None, None)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(nanoclip, "DEPTH_SHA256", sha256)
-    loaded = c2p.tower_of(clip, None, None)
+    loaded = clip2point.tower_of(clip, None, None)
     torch.testing.assert_close(loaded.proj, tower.proj, atol=2e-3, rtol=2e-3)      # fp16
     with pytest.raises(InputError, match="was taught by another nano-CLIP"):
-        c2p.tower_of(clip._replace(sha256="0" * 64), None, None)
+        clip2point.tower_of(clip._replace(sha256="0" * 64), None, None)
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -337,6 +338,8 @@ def shrink(monkeypatch, folder, nano):
                                                points=256, adapter=2)
     for name in c2p.RECIPES:
         monkeypatch.setitem(c2p.RECIPES, name, recipe)
+    monkeypatch.setattr(zero_shot, "POINTS", 256)
+    monkeypatch.setattr(zero_shot, "NANO_ADAPTER", 2)
     monkeypatch.setattr(c2p, "HELD_OUT", (1, 303))
     monkeypatch.setattr(c2p, "SCANS", ((2, 1), (1, 2)))
     prepared = c2p.prepared_folder
@@ -410,15 +413,15 @@ def test_a_run_s_tower_names_files_and_says_which_axis_points_up(small, finished
     np.save("own.npy", sample_surface(*make_object("chair", rng), 700, rng))
     words = ["--eval", str(finished[0]), "--out", "seen", "--predict", "own.npy", "--classes",
              "chair, table", *CPU]
-    c2p.main(words)
+    zero_shot.main(words)
     printed = capsys.readouterr().out
     assert printed.startswith("own.npy:   ") and "chair" in printed and "table" in printed
     assert Path("seen/look.png").is_file()
     with pytest.MonkeyPatch.context() as patch:         # whatever the other axis gives is better
-        patch.setattr(c2p, "CLEARLY", -2)
-        c2p.main(words)
+        patch.setattr(zero_shot, "CLEARLY", -2)
+        zero_shot.main(words)
         assert "own.npy: with --up y it would be " in capsys.readouterr().out
-        c2p.main([*words, "--up", "y"])
+        zero_shot.main([*words, "--up", "y"])
         assert "own.npy: with --up z it would be " in capsys.readouterr().out
 
 
@@ -433,23 +436,37 @@ def test_the_test_clouds_of_a_data_set_are_named_with_and_without_shots(small, f
                 np.save(tmp_path / "own" / part / name / f"{i}.npy",
                         sample_surface(*make_object(kind, rng), 600, rng))
     capsys.readouterr()
-    words = ["--zero-shot", "folder", "--root", "own", *CPU]
-    c2p.main([*words, "--eval", str(finished[0]), "--shots", "2"])
+    words = ["--data", "folder", "--root", "own", *CPU]
+    zero_shot.main([*words, "--eval", str(finished[0]), "--shots", "2"])
     printed = capsys.readouterr().out
     assert "6 folder's test clouds, 2 classes, 256 points; z is up; files under own" in printed
     assert "does not know Unheard" in printed and "with 2 shots, dual-path adapter" in printed
-    c2p.main([*words, *small[:2]])                      # the baseline: no depth tower
+    zero_shot.main([*words, *small[:2]])                      # the baseline: no depth tower
     printed = capsys.readouterr().out
     assert "CLIP's image tower" in printed and "depth tower" not in printed
     assert "dual-path" not in printed
 
 
+def test_a_data_set_that_lies_on_its_side_is_pointed_out():
+    names = ["chair", "airplane", "cup", "stairs", "table", "lamp"]
+    clip = clip2point.load_both_towers("nano", 0, "cpu")
+    tower, text = clip2point.tower_of(clip, None, None), clip2point.text_features(clip, names)
+    rng = np.random.default_rng(1)
+    xyz = np.stack([sample_surface(*make_object(name, rng), 1024, rng) for name in 3 * names])
+    xyz = unit_sphere(torch.from_numpy(xyz))            # z is up
+    used = tower, clip, text, {"views": None, "average": False}, Setup("cpu", "fp32")
+    fits = lambda up, points: zero_shot.turned_fits(                                # noqa: E731
+        up, used[0], clip2point.y_up(points, up), *used[1:])
+    assert not fits("z", xyz) and fits("y", xyz)
+    assert not fits("y", clip2point.y_up(xyz)) and fits("z", clip2point.y_up(xyz))
+
+
 def test_the_shots_are_drawn_of_each_class_and_0_is_all():
     xyz, label = torch.arange(10.).view(10, 1, 1), torch.tensor([0, 1] * 5)
-    some = c2p.draw_shots(xyz, label, 2, 0)
+    some = zero_shot.draw_shots(xyz, label, 2, 0)
     assert some[1].tolist() == [0, 0, 1, 1] and (some[0].flatten() % 2 == some[1]).all()
-    assert len(c2p.draw_shots(xyz, label, 0, 0)[1]) == 10
-    assert not torch.equal(c2p.draw_shots(xyz, label, 2, 1)[0], some[0])
+    assert len(zero_shot.draw_shots(xyz, label, 0, 0)[1]) == 10
+    assert not torch.equal(zero_shot.draw_shots(xyz, label, 2, 1)[0], some[0])
 
 
 def write_off(path, name, seed):
@@ -504,9 +521,9 @@ def test_average_precision_is_train_det_s():
     truth = [(boxes, np.zeros(4, int)) for boxes in true.values()]
     wanted = train_det.evaluate_boxes(flat, truth)[.25][0][0]
     assert .2 < wanted < .95
-    assert c2p.average_precision(found, true) == pytest.approx(wanted, abs=1e-12)
-    assert c2p.average_precision([], true) == 0
-    assert c2p.average_precision(found, {**true, "b": true["b"][:0]}) < wanted
+    assert zero_shot.average_precision(found, true) == pytest.approx(wanted, abs=1e-12)
+    assert zero_shot.average_precision([], true) == 0
+    assert zero_shot.average_precision(found, {**true, "b": true["b"][:0]}) < wanted
 
 
 def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tmp_path, capsys):
@@ -523,94 +540,119 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
     Path("truth/val/room.json").write_text(json.dumps(
         [{"class": name, "center": box[:3].tolist(), "size": box[3:].tolist()}
          for name, box in zip(("chair", "table"), boxes)]))
-    seen, named = [], c2p.features_of
+    seen = []
 
     def looked(towers, clip, cloud, cfg, setup):        # the chair is given the first word's text
         seen.append(cloud)
         k = 0 if len(seen) == 1 else 1
-        return [c2p.text_features(clip, ["chair", "table"])[None, k:k + 1]]
+        return [clip2point.text_features(clip, ["chair", "table"])[None, k:k + 1]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(c2p, "features_of", looked)
-        c2p.main(["--eval", str(finished[0]), "--detections", "out", "--classes", "chair, table",
+        patch.setattr(zero_shot, "features_of", looked)
+        zero_shot.main(["--eval", str(finished[0]), "--detections", "out", "--classes", "chair, table",
                   "--root", "truth", "--out", "named", *CPU])
     printed = capsys.readouterr().out
     assert "room: 1 chair, 1 table; 1 of fewer than 16 points left out" in printed
     assert "result   mAP@0.25 100.00 % over 2 classes" in printed
     assert [len(cloud[0]) for cloud in seen] == [256, 256]      # no corner of a drawn box in it
-    wanted = c2p.y_up(unit_sphere(c2p.farthest(torch.from_numpy(chair)[None], 256)))
+    wanted = clip2point.y_up(unit_sphere(clip2point.farthest(torch.from_numpy(chair)[None], 256)))
     torch.testing.assert_close(seen[0], wanted, atol=1e-4, rtol=0)
     listed = json.loads(Path("named/room.json").read_text())
     assert [entry["class"] for entry in listed] == ["chair", "table"]
     words = ["--eval", str(finished[0]), "--detections", "out", "--classes", "chair, table", *CPU]
-    c2p.main([*words, "--out", "named"])                # and with the real tower
-    assert "room: " in capsys.readouterr().out and named is c2p.features_of
+    zero_shot.main([*words, "--out", "named"])                # and with the real tower
+    assert "room: " in capsys.readouterr().out
     with pytest.raises(InputError, match="the boxes lie there and would be written over"):
-        c2p.main([*words, "--out", "out"])
+        zero_shot.main([*words, "--out", "out"])
     with pytest.raises(InputError, match="truth2: has no room.json, val/room.json or"):
-        c2p.main([*words, "--root", "truth2", "--out", "named"])
+        zero_shot.main([*words, "--root", "truth2", "--out", "named"])
     Path("out/room.ply").write_bytes(Path("out/room.ply").read_bytes()[:500])
     with pytest.raises(InputError, match="out/room.ply: cut short.*export it again"):
-        c2p.main([*words, "--out", "named"])
+        zero_shot.main([*words, "--out", "named"])
 
 
 @pytest.mark.parametrize("words, said", [
+    ([], "give one of --predict FILE, --data NAME and --detections DIR"),
+    (["--data", "folder", "--predict", "a.obj", "--classes", "chair"], "give one of --predict"),
     (["--predict", "a.obj"], "--predict and --detections need words"),
-    (["--classes", "chair"], "--predict and --detections need words"),
+    (["--data", "folder", "--classes", "chair"], "--predict and --detections need words"),
     (["--detections", "none", "--classes", "chair"], "none: no NAME.json with NAME.ply"),
     (["--predict", "a.obj", "--classes", "chair,"], "has an empty word; write"),
     (["--predict", "a.obj", "--classes", "chair, chair"], "has a word twice"),
     (["--predict", "a.obj", "--classes", "chair", "--root", "x"], "takes files; leave --root out"),
-    (["--zero-shot", "folder", "--out", "x"], "prints and writes nothing; leave --out out"),
-    (["--shots", "4"], "--shots needs clouds with labels: add --zero-shot"),
-    (["--zero-shot", "folder", "--predict", "a.obj", "--classes", "chair"], "give one of them"),
-    (["--zero-shot", "folder", "--data", "folder"], "pre-train nothing"),
-    (["--init-official", "x.pth"], "gives the depth tower of --zero-shot, --predict or"),
-    (["--temperature", "0"], "--temperature 0.0 must be above 0"),
-    (["--up", "y"], "--up is the axis that points up in your own data; leave it out"),
-    *(([*look, *flag.split()], f"{flag.split()[0]} is of pre-training, and --zero-shot")
-      for look in (["--zero-shot", "folder"], ["--predict", "a.obj", "--classes", "chair"])
-      for flag in ("--from-scratch", "--loss intra", "--temperature 0.7", "--objects 3",
-                   "--epochs 3", "--batch-size 3", "--lr 1", "--compile")),
+    (["--predict", "a.obj", "--classes", "chair", "--shots", "4"], "--shots needs clouds with"),
+    (["--data", "folder", "--out", "x"], "prints and writes nothing; leave --out out"),
+    (["--data", "folder", "--eval", "x", "--init-official", "y.pth"], "both give a depth tower"),
+    (["--data", "folder", "--eval", "none"], "none: no such checkpoint"),
     (["--predict", "none.obj", "--classes", "chair"], "none.obj: no such file"),
     (["--predict", "none.xyzzy", "--classes", "chair"], "not a format this script reads"),
-    (["--zero-shot", "modelnet40", "--root", "nowhere"], "nowhere"),
+    (["--data", "modelnet40", "--root", "nowhere"], "nowhere"),
 ])
-def test_what_cannot_be_done_is_one_line(small, words, said):
+def test_what_cannot_be_named_is_one_line(small, words, said):
+    with pytest.raises(InputError, match=said) as caught:
+        zero_shot.main([*words, *small])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_whose_settings_are_damaged_is_refused(small, finished, tmp_path):
+    saved = torch.load(finished[0] / "last.pt", weights_only=True)
+    saved["config"]["recipe"]["points"] = "many"
+    torch.save(saved, tmp_path / "damaged.pt")
+    with pytest.raises(InputError, match=r"damaged.pt: checkpoint.config.recipe.points is not as"):
+        zero_shot.main(["--eval", str(tmp_path / "damaged.pt"), "--data", "folder", *CPU])
+
+
+def test_a_pt_file_of_a_run_will_do_and_writes_beside_it(small, finished):
+    args = zero_shot.flags(["--eval", str(finished[0] / "last.pt"), "--predict", "a.obj",
+                            "--classes", "chair"])
+    cfg, saved = zero_shot.settings(args)
+    assert args.out == finished[0] / "predicted" and cfg["recipe"]["points"] == 256
+    assert saved["config"]["clip"] == cfg["clip"] and cfg["seed"] == 0
+
+
+def test_torchrun_is_refused_and_the_adapter_trains_as_released_but_with_nano(monkeypatch):
+    words = ["--data", "modelnet40", "--shots", "4"]
+    epochs = [zero_shot.settings(zero_shot.flags([*words, *more]))[0]["recipe"]["adapter"]
+              for more in ([], ["--clip", "openai"])]
+    assert epochs == [c2p.RECIPES[name].adapter for name in ("synthetic", "shapenet")] == [30, 100]
+    assert zero_shot.POINTS == c2p.RECIPES["shapenet"].points
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for script, words in ((zero_shot, words), (c2p, [])):
+        with pytest.raises(InputError, match="torchrun"):
+            script.main(words)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--temperature", "0"], "--temperature 0.0 must be above 0"),
+    (["--up", "y"], "--up is the axis that points up in your own data; leave it out"),
+    (["--objects", "3", "--data", "shapenet"], "--objects is of the built-in data"),
+    (["--eval", "none"], "none: no such checkpoint"),
+])
+def test_what_cannot_be_pre_trained_is_one_line(small, words, said):
     with pytest.raises(InputError, match=said) as caught:
         c2p.main([*words, *small])
     assert "\n" not in str(caught.value)
 
 
-def test_torchrun_is_refused_and_the_adapter_trains_as_released_but_with_nano(monkeypatch):
-    words = ["--zero-shot", "modelnet40", "--shots", "4"]
-    epochs = [c2p.settings(c2p.flags([*words, *more]))[0]["recipe"]["adapter"]
-              for more in ([], ["--clip", "openai"])]
-    assert epochs[0] < epochs[1] == 100
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="run it without torchrun"):
-        c2p.main(words)
-
-
 def test_the_controls_change_what_they_say(nano):
-    clip = c2p.load_both_towers(nano, 0, "cpu")
+    clip = clip2point.load_both_towers(nano, 0, "cpu")
     points = unit_sphere(torch.randn(4, 300, 3, generator=torch.Generator()))
     cfg = {"views": None, "average": False}
     setup = Setup("cpu", "fp32")
-    f, = c2p.features_of([clip.visual], clip, points, cfg, setup, most=12)
+    f, = clip2point.features_of([clip.visual], clip, points, cfg, setup, most=12)
     assert f.shape == (4, 6, 64)                        # nano's six oblique views
     for change, views in (({"average": True}, 6), ({"views": "axis1"}, 1),
                           ({"views": "axis10"}, 10), ({"views": "oblique3"}, 3)):
-        g, = c2p.features_of([clip.visual], clip, points, {**cfg, **change}, setup)
+        g, = clip2point.features_of([clip.visual], clip, points, {**cfg, **change}, setup)
         assert g.shape == (4, views, 64)
         same = torch.allclose(g[:, 0], f[:, 0], atol=1e-5)
         assert same == (views == 3)                     # both begin at elevation 25, azimuth 0
-    assert c2p.views_for(clip._replace(model="ViT-B-32"), cfg) == "axis6"
-    assert c2p.views_for(clip._replace(model="ViT-B-32"), cfg, few=True) == "axis10"
+    assert clip2point.views_for(clip._replace(model="ViT-B-32"), cfg) == "axis6"
+    assert clip2point.views_for(clip._replace(model="ViT-B-32"), cfg, few=True) == "axis10"
 
 
 def test_features_of_pictures_are_kept_for_one_model_in_one_precision(small, nano, monkeypatch):
     cfg = {**c2p.settings(c2p.flags(["--clip", nano]))[0], "workers": 1}
-    clip, made = c2p.load_both_towers(nano, 0, "cpu"), []
+    clip, made = clip2point.load_both_towers(nano, 0, "cpu"), []
     arrays = {name: np.zeros(1) for name in c2p.Pairs._fields[:-1]}
     monkeypatch.setattr(c2p, "prepare_pairs", lambda *a: made.append(0) or arrays)
     monkeypatch.setattr(c2p, "in_parallel", lambda *a, **k: [])
@@ -623,7 +665,7 @@ def test_features_of_pictures_are_kept_for_one_model_in_one_precision(small, nan
 
 def test_a_few_objects_and_their_pictures_are_learned(small, nano):
     cfg = c2p.settings(c2p.flags(["--clip", nano, "--seed", "1"]))[0]
-    setup, clip = Setup("cpu", "fp32"), c2p.load_both_towers(nano, 0, "cpu")
+    setup, clip = Setup("cpu", "fp32"), clip2point.load_both_towers(nano, 0, "cpu")
     data, _, classes, _ = c2p.load_pairs({**cfg, "workers": 1}, clip, setup)
     cfg["classes"] = list(classes)
     run = c2p.Run("clip2point", cfg, setup)
@@ -646,7 +688,7 @@ def test_right_after_a_clone_words_name_a_mesh(tmp_path, monkeypatch, capsys):
     names = ["chair", "airplane", "cup", "stairs"]
     for i, name in enumerate(names):
         write_off(tmp_path / f"{i}.off", name, 40 + i)
-    c2p.main(["--predict", *(f"{i}.off" for i in range(4)), "--classes", ", ".join(names), *CPU])
+    zero_shot.main(["--predict", *(f"{i}.off" for i in range(4)), "--classes", ", ".join(names), *CPU])
     found = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert found == names
     picture = Image.open("predicted/look.png")

@@ -35,7 +35,8 @@ import train_det
 import train_fewshot
 import train_outdoor
 import train_seg
-from data import kitti, synthetic_street
+import zero_shot
+from data import kitti, objects, synthetic_street
 from data.files import write_ply
 from test_files import CUBE, FACES, ply, shapes
 
@@ -288,24 +289,41 @@ def test_each_outdoor_command_runs(command, tmp_path, monkeypatch, tiny_clip, ca
         assert ("resumed after" in printed) == ("--resume" in words)
 
 
+def small_clip2point(monkeypatch, folder):
+    """A small nano-CLIP, and few clouds of three classes for a data set's."""
+    nano = f"nano={test_bench.nano_file(folder)}"
+    test_clip2point.shrink(monkeypatch, folder, nano)
+    xyz = torch.from_numpy(np.stack([c for k in shapes(3).values() for c in k])).float()
+    label, load = torch.arange(3).repeat_interleave(3), train_clip2point.load_both_towers
+    for script in (train_clip2point, zero_shot):
+        monkeypatch.setattr(script, "load_both_towers", lambda name, *a: load(nano, *a))
+        monkeypatch.setattr(script, "load_test", lambda name, *_: (
+            script.Test(name, xyz, label), (xyz, label), ("cup", "night_stand", "bed"), "small", "z"))
+    pairs = train_clip2point.load_pairs
+    monkeypatch.setattr(train_clip2point, "load_pairs", lambda cfg, *a: pairs(
+        {**cfg, "data": "synthetic", "workers": 1}, *a))
+
+
 @commands_of("train_clip2point.py")
 def test_each_clip2point_command_runs(command, tmp_path, monkeypatch, capsys):
     """As written, with a small nano-CLIP, few clouds for the data set, and two epochs."""
     words = words_of(command, "train_clip2point.py", objects="1")
-    nano, script = f"nano={test_bench.nano_file(tmp_path)}", train_clip2point
-    test_clip2point.shrink(monkeypatch, tmp_path, nano)
-    load, pairs = script.load_both_towers, script.load_pairs
-    monkeypatch.setattr(script, "load_both_towers", lambda name, *a: load(nano, *a))
-    monkeypatch.setattr(script, "load_pairs", lambda cfg, *a: pairs(
-        {**cfg, "data": "synthetic", "workers": 1}, *a))
-    xyz = torch.from_numpy(np.stack([c for k in shapes(3).values() for c in k])).float()
-    monkeypatch.setattr(script, "load_test", lambda name, *_: (
-        script.Test(name, xyz, torch.arange(3).repeat_interleave(3)),
-        (xyz, torch.arange(3).repeat_interleave(3)), ("cup", "night_stand", "bed"), "small"))
-    run = run_above(words, script.main, monkeypatch)
+    small_clip2point(monkeypatch, tmp_path)
+    train_clip2point.main(words)
+    printed = capsys.readouterr().out
+    assert ("dual-path adapter" in printed) == ("--data" not in words)
+    assert "CLIP's image tower" in printed
+
+
+@commands_of("zero_shot.py")
+def test_each_zero_shot_command_runs(command, tmp_path, monkeypatch, capsys):
+    """As written, with a small nano-CLIP and few clouds for the data set."""
+    words = words_of(command, "zero_shot.py")
+    small_clip2point(monkeypatch, tmp_path)
+    run_above(words, train_clip2point.main, monkeypatch)
     write_off = test_clip2point.write_off
     write_off(Path("chair.off"), "chair", 0)
-    vertices, faces = train_clip2point.objects.Source("chair", 0, "chair.off").read()
+    vertices, faces = objects.Source("chair", 0, "chair.off").read()
     Path("chair.obj").write_text("".join("v {} {} {}\n".format(*v) for v in vertices) + "".join(
         "f {} {} {}\n".format(*face) for face in faces + 1), encoding="utf-8")
     write_ply(Path("scan.ply"), vertices[np.arange(300) % len(vertices)])
@@ -314,15 +332,14 @@ def test_each_clip2point_command_runs(command, tmp_path, monkeypatch, capsys):
     Path("look/room.json").write_text(json.dumps([{"class": "bed", "size": [4, 4, 4],
                                                    "center": [0, 0, 0]}]), encoding="utf-8")
     capsys.readouterr()
-    script.main(words)
+    zero_shot.main(words)
     printed = capsys.readouterr().out
     if "--predict" in words:
         assert printed.count("chair ") == 2 and Path("predicted/look.png").is_file()
     elif "--detections" in words:
         assert printed.startswith("room: 1 ") and Path("predicted/room.json").is_file()
     else:
-        shots = "--shots" in words or not {"--data", "--zero-shot"} & set(words)
-        assert ("dual-path adapter" in printed) == shots
+        assert ("dual-path adapter" in printed) == ("--shots" in words)
         assert "CLIP's image tower" in printed
 
 
@@ -427,9 +444,9 @@ def test_every_command_of_readme_and_docs_is_covered_by_a_test_above():
     for command in COMMANDS:
         assert any(word in command for word in (
             "train_cls.py", "train_fewshot.py", "train_det.py", "train_seg.py",
-            "train_outdoor.py", "train_clip2point.py", "train_clip.py", "controls.py", "bench.py",
-            "python look.py", "python analyse.py", "python kernels/", "python -m data.",
-            "pytest")), command
+            "train_outdoor.py", "train_clip2point.py", "train_clip.py", "zero_shot.py",
+            "controls.py", "bench.py", "python look.py", "python analyse.py", "python kernels/",
+            "python -m data.", "pytest")), command
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -452,7 +469,7 @@ def test_every_picture_of_the_pages_is_there_and_small():
 
 FORK = README.split("\n## Fork it\n")[1].split("\n## ")[0]
 ROWS = {script: re.findall(r"`([^`]+)`", files)
-        for script, files in re.findall(r"^\| `(train_\w+\.py)` \| (.*) \|$", FORK, re.M)}
+        for script, files in re.findall(r"^\| `((?:train_\w+|zero_shot)\.py)` \| (.*) \|$", FORK, re.M)}
 EVERY = re.findall(r"`([^`]+)`", FORK.split("Every script needs ")[1].split(" Its row adds")[0])
 
 
@@ -536,7 +553,7 @@ def tiny_data(root, script, data):
 
 
 def test_every_script_has_a_row_in_the_table_of_forks():
-    assert set(ROWS) == {path.name for path in ROOT.glob("train_*.py")}
+    assert set(ROWS) == {path.name for path in ROOT.glob("train_*.py")} | {"zero_shot.py"}
 
 
 @pytest.mark.parametrize("script, data", [
@@ -571,7 +588,16 @@ t.RECIPES["synthetic"] = t.RECIPES["synthetic"]._replace(objects=1, pictures=2, 
 t.main(sys.argv[1:])"""
 
 
-@pytest.mark.parametrize("script", sorted(ROWS))
+def test_zero_shot_needs_the_files_that_readme_names(tmp_path):
+    fork(tmp_path, "zero_shot.py")
+    test_clip2point.write_off(tmp_path / "a.off", "chair", 0)
+    done = python(tmp_path, "zero_shot.py", "--clip", f"nano={test_bench.nano_file(tmp_path)}",
+                  "--predict", "a.off", "--classes", "chair, table", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "chair" in done.stdout and (tmp_path / "predicted/look.png").is_file()
+
+
+@pytest.mark.parametrize("script", sorted({*ROWS} - {"zero_shot.py"}))
 def test_the_built_in_data_needs_the_files_that_readme_names(tmp_path, script):
     more = named_after("The built-in data, which a script takes without `--data`, needs")
     assert any("data/synthetic_" in file for file in more)
