@@ -548,8 +548,8 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
         return [clip2point.text_features(clip, ["chair", "table"])[None, k:k + 1]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zero_shot, "features_of", looked)
-        zero_shot.main(["--eval", str(finished[0]), "--detections", "out", "--classes", "chair, table",
-                  "--root", "truth", "--out", "named", *CPU])
+        zero_shot.main(["--eval", str(finished[0]), "--detections", "out", "--root", "truth",
+                        "--classes", "chair, table", "--out", "named", *CPU])
     printed = capsys.readouterr().out
     assert "room: 1 chair, 1 table; 1 of fewer than 16 points left out" in printed
     assert "result   mAP@0.25 100.00 % over 2 classes" in printed
@@ -688,7 +688,8 @@ def test_right_after_a_clone_words_name_a_mesh(tmp_path, monkeypatch, capsys):
     names = ["chair", "airplane", "cup", "stairs"]
     for i, name in enumerate(names):
         write_off(tmp_path / f"{i}.off", name, 40 + i)
-    zero_shot.main(["--predict", *(f"{i}.off" for i in range(4)), "--classes", ", ".join(names), *CPU])
+    files = [f"{i}.off" for i in range(4)]
+    zero_shot.main(["--predict", *files, "--classes", ", ".join(names), *CPU])
     found = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert found == names
     picture = Image.open("predicted/look.png")
