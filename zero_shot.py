@@ -282,7 +282,8 @@ def flags(argv):
          help="the data as its owners publish it (default: data/<name>)")
     flag("--shots", type=whole(0), metavar="K", help="with --data: train the dual-path adapter on "
          "K clouds of each class, too; 0: on all")
-    flag("--clip", metavar="NAME", help=f"{pretrained.CLIP_NAMES} (default: nano)")
+    flag("--clip", metavar="NAME", help=f"{pretrained.CLIP_NAMES} (default: nano; with --eval that "
+                                        "of the run)")
     flag("--eval", metavar="RUN", help="the depth tower of a run of train_clip2point.py")
     flag("--init-official", metavar="FILE", dest="official",
          help="with --clip openai: the authors' depth tower")
@@ -290,7 +291,8 @@ def flags(argv):
                                         "with shots axis10; nano: oblique6)")
     flag("--average", action="store_true",
          help="control: the mean of a pixel's points, as PointCLIP, not the nearest")
-    flag("--up", choices=["z", "y"], help="the axis that points up in your data (default z)")
+    flag("--up", choices=["z", "y"], help="the axis that points up in your data (default z; with "
+                                          "--data that of its form)")
     flag("--out", type=path, metavar="DIR",
          help="where --predict and --detections write (default: predicted, or RUN/predicted)")
     flag("--seed", type=whole(0), metavar="N", help="draws the shots (default 0)")

@@ -497,11 +497,6 @@ def whole_numbers(array):
     return array.astype(np.int64)
 
 
-def clouds_in(folder):
-    """The clouds of a folder, sorted."""
-    return files_in(folder, ROOMS)[0]
-
-
 def own_clouds(root, parts, how_to, suffixes=ROOMS, more=".json", training=True):
     """ROOT/PART/NAME.* -> the clouds of each part; the names in ROOT/classes.txt, () without it.
 
