@@ -1,9 +1,10 @@
-"""What CLIP2Point needs to see clouds: depth maps, whole CLIPs, the dual-path adapter.
+"""What both scripts of CLIP2Point need: depth maps, whole CLIPs, test clouds and their accuracy,
+the dual-path adapter.
 
     maps = depth_maps(points (B, N, 3), views (V, 3))   (B, V, 224, 224)
     clip = load_both_towers("openai", seed=0, device="cpu")    both towers, with the patch embedding
     features, = features_of([clip.visual], clip, points, cfg, setup)    (B, V, E)
-    scores = zero_shot(features, text_features(clip, ["chair", "table"]))
+    scores = cosines(features, text_features(clip, ["chair", "table"]))
 
 Huang et al., "CLIP2Point", ICCV 2023, and its release. train_clip2point.py pre-trains the depth
 tower, zero_shot.py names clouds with it. y is up here, as in the release: `y_up` turns clouds whose
@@ -212,12 +213,15 @@ def text_features(clip, names):
     try:
         return clip.encode([PROMPT.format(name) for name in names])
     except nanoclip.UnknownWords:
-        from data.synthetic_objects import ALL_CLASSES
-        forty = [name.replace("_", " ") for name in ALL_CLASSES]
-        near = [f"{name!r} (near it: {', '.join(difflib.get_close_matches(name, forty, 3, 0))})"
-                for name in names if not knows(clip, name)]
+        unknown = [name for name in names if not knows(clip, name)]
+        said = list(map(repr, unknown))
+        with contextlib.suppress(ModuleNotFoundError):      # a fork need not have them
+            from data.synthetic_objects import ALL_CLASSES
+            forty = [name.replace("_", " ") for name in ALL_CLASSES]
+            said = [f"{name!r} (near it: {', '.join(difflib.get_close_matches(name, forty, 3, 0))})"
+                    for name in unknown]
         raise InputError("--classes: nano-CLIP knows its forty classes, not "
-                         f"{', '.join(near[:3])}; --clip openai knows all words") from None
+                         f"{', '.join(said[:3])}; --clip openai knows all words") from None
 
 
 def knows(clip, name):
@@ -262,7 +266,7 @@ def pictures_of(clip, xyz, cfg):
     return maps[..., None].expand(*maps.shape, 3).numpy()
 
 
-def zero_shot(features, text):
+def cosines(features, text):
     """Cosines summed over the views: (S, V, E), (C, E) -> (S, C)."""
     return (F.normalize(features, dim=2) @ text.T).sum(1)
 
@@ -292,7 +296,7 @@ def load_test(name, cfg, points):
 def evaluate(tower, tests, clip, text, cfg, setup):
     """Cosines with the classes, summed over the views: (S, C) of each test."""
     found = (features_of([tower], clip, test.xyz, cfg, setup)[0] for test in tests)
-    return [zero_shot(features, text).cpu() for features in found]
+    return [cosines(features, text).cpu() for features in found]
 
 
 def accuracy(scores, label, among=None):

@@ -397,7 +397,7 @@ def print_model(run, model, clip, what=""):
     run.print(f"model    {trained:,} weights trained, {frozen:,} frozen; {what}transformer "
               f"{encoder}")
     if model.encoder.transformer:
-        print_warning(run, clip.name)
+        print_warning(run.print, clip.name)
 
 
 WARNINGS = {
@@ -406,9 +406,9 @@ WARNINGS = {
     "nano": "nano-CLIP is small and saw procedural objects: these numbers say nothing about CLIP"}
 
 
-def print_warning(run, name):
+def print_warning(show, name):
     """What numbers with a --clip name are not worth, if anything."""
     kind = re.split("[=:]", name)[-1]
     kind = kind if kind in ("random", "shuffled") else name.split("=")[0]
     if kind in WARNINGS:
-        run.print(f"warning  {WARNINGS[kind]}")
+        show(f"warning  {WARNINGS[kind]}")

@@ -90,8 +90,10 @@ def shared_flags(parser, clip_names=None):
     flag("--root", type=path, metavar="DIR",
          help="the data as its owners publish it (default: data/<name>)")
     flag("--out", type=path, metavar="DIR", help="run folder (default: runs/<task>-<data>-<n>)")
-    flag("--resume", metavar="RUN", help="go on with an interrupted run, to the same numbers")
-    flag("--eval", metavar="RUN", help="evaluate a saved run, a folder or a .pt file, and stop")
+    flag("--resume", type=path, metavar="RUN",
+         help="go on with an interrupted run, to the same numbers")
+    flag("--eval", type=path, metavar="RUN",
+         help="evaluate a saved run, a folder or a .pt file, and stop")
     flag("--epochs", type=whole(1), metavar="N", help="passes over the training data")
     flag("--batch-size", type=whole(1), metavar="B", help="samples of a step, over all processes")
     flag("--lr", type=float, help="highest learning rate")
@@ -149,7 +151,8 @@ def shared_settings(args, recipe, synthetic_clip="nano"):
     if args.out and (Path(args.out) / "last.pt").exists():
         raise InputError(f"--out {args.out}: holds a run; --resume {args.out} goes on with it, or "
                          "give another folder")
-    check_places(args)
+    check_files(args)
+    check_place(args.out or "runs")
     if args.deep_prompt and args.no_task_token:
         raise InputError("--deep-prompt and --no-task-token exclude each other; give one of them")
     if args.no_transformer and (args.no_task_token or args.unfreeze or args.deep_prompt):
@@ -162,16 +165,20 @@ def shared_settings(args, recipe, synthetic_clip="nano"):
             **{name: getattr(args, name) for name in ABLATIONS}}
 
 
-def check_places(args):
-    """Check --clip and --out before the data are read, which may take minutes."""
+def check_files(args):
+    """Check the files of weights before the data are read, which may take minutes."""
     if args.clip and (file := weights_of(args.clip)):
         check_weights(file, "--clip")
     if getattr(args, "official", None):
         check_weights(args.official, "--init-official")
-    place = Path(args.out or "runs").absolute()
+
+
+def check_place(folder):
+    """The same of a folder that is to be written."""
+    place = Path(folder).absolute()
     above = next(path for path in (place, *place.parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{above}: a run's folder cannot be made in it; give another with --out")
+        raise InputError(f"{above}: nothing can be written in it; give another folder with --out")
 
 
 def weights_of(clip):
@@ -606,7 +613,7 @@ def main_guard(main):
                   "checkpoint", file=sys.stderr, flush=True)
         os._exit(1)
     except KeyboardInterrupt:               # before the loop, or a second time in it
-        print("stopped; nothing after the last checkpoint is saved", file=sys.stderr)
+        print("stopped; what was not saved before is lost", file=sys.stderr)
         sys.exit(130)
     if world_size() > 1:                    # at once: gloo's threads now and then abort a process
         sys.stdout.flush()

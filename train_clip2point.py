@@ -14,6 +14,7 @@ To change the data, edit `load_pairs` and RECIPES; the head, `DualPathAdapter` i
 where depth maps are drawn and clouds are named, too; the backbone, pass another --clip.
 """
 import copy
+import inspect
 import math
 import os
 from pathlib import Path
@@ -179,11 +180,11 @@ def load_pairs(cfg, clip, setup):
         label = [source.label for source in sources]
         jobs = [(source, cfg["up"], recipe.pictures, 2 * points, size) for source in sources]
         tests = [load_test("folder", cfg, points)[0]] if len(jobs) < len(found.objects) else []
-    code = [here / "train_clip2point.py", here / "clip2point.py"]
+    code = work, draw_views, views_of_pictures, prepare_pairs, cameras, y_up
     # two models may share weights and hash: QuickGELU and GELU
     what = clip.model, "bf16" if setup.bf16 else "fp32"
-    stamp = sources_of([*code, *files], points, size, recipe.pictures, len(jobs), cfg["up"], seed,
-                       *what)
+    stamp = sources_of(files, *map(inspect.getsource, code), AXIS10, points, size, recipe.pictures,
+                       len(jobs), cfg["up"], seed, *what)
     path = prepared_folder(place, "pairs") / f"{name}-{len(jobs)}-{seed}-{clip.sha256[:12]}.npz"
     if not is_fresh(path, stamp):
         made = in_parallel(work, jobs, cfg["workers"], "object", least=100, chunk=8)
@@ -389,7 +390,7 @@ def main(argv=None):
     run.print(f"model    depth tower of {sizes[0]:,} weights"
               + f", and {len(controls)} more for the controls" * bool(controls)
               + f"; {clip.name}; maps of {clip.size} x {clip.size}, points of radius {clip.radius}")
-    common.print_warning(run, clip.name)
+    common.print_warning(run.print, clip.name)
     if not args.eval:
         with run.stopper:
             train(model, data, tests, clip, text, run)
@@ -475,7 +476,7 @@ def flags(argv):
     flag("--average", action="store_true",
          help="control: the mean of a pixel's points, as PointCLIP, not the nearest")
     flag("--views", choices=VIEWS, help="sides that a test looks at a cloud from (default: axis6, "
-                                        "with shots axis10; nano: oblique6)")
+                                        "for the adapter axis10; nano: oblique6)")
     flag("--up", choices=["z", "y"], help="--data folder: the axis that points up (default z)")
     return parser.parse_args(argv)
 

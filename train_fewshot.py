@@ -552,7 +552,7 @@ def describe(run, encoders, classes, form, after):
     for variant in cfg["compare"]:
         sizes = common.sizes(encoders.classifier(variant, cfg["settings"][0][0], [0]))
         run.print("model    {}: {:,} weights trained, {:,} frozen".format(variant, *sizes))
-    common.print_warning(run, encoders.name)
+    common.print_warning(run.print, encoders.name)
     run.print(f"run      {run.folder}{after}")
 
 

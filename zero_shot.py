@@ -7,8 +7,9 @@
 
 A cloud is drawn as depth maps from several sides; the depth tower, which train_clip2point.py
 pre-trained, makes a feature of each; the word whose prompt has the largest sum of cosines with them
-names the cloud. Right after a clone the towers are nano-CLIP's, which know forty words. --eval RUN
-takes the depth tower of a run, --init-official FILE the authors'.
+names the cloud. Right after a clone the towers are nano-CLIP's, which know forty classes. --eval
+RUN takes the depth tower of a run, --init-official FILE the authors'; any other --clip alone has
+none, and its image tower names: the baseline.
 
 To change the prompt, edit PROMPT in clip2point.py; the views, VIEWS there.
 """
@@ -23,17 +24,18 @@ import torch
 import common
 import pretrained
 import render
-from checkpoint import COUNT, check_frozen, checkpoint_form, load_checkpoint, misfit
-from clip2point import (AFTER, BEFORE, SHOTS, VIEWS, Test, adapt, evaluate, farthest, features_of,
-                        knows, load_both_towers, load_test, percent, pictures_of, table,
-                        text_features, tower_of, views_for, y_up, zero_shot)
+from checkpoint import (COUNT, WHOLE, amount, check_frozen, checkpoint_form, load_checkpoint,
+                        misfit)
+from clip2point import (AFTER, BEFORE, SHOTS, VIEWS, Test, adapt, cosines, evaluate, farthest,
+                        features_of, knows, load_both_towers, load_test, percent, pictures_of,
+                        table, text_features, tower_of, views_for, y_up)
 from data import objects
 from data.files import columns, read_boxes, read_json, read_ply, reading
-from run import InputError, Parser, Run, Setup, check_places, main_guard, path, whole
+from run import InputError, Parser, Setup, check_files, check_place, main_guard, path, whole
 
 POINTS = 1024               # of a cloud
-ADAPTER = 100               # epochs of the dual-path adapter: release, fewshot.py
-NANO_ADAPTER = 30           # ours, for two CPU cores
+EPOCHS = 100                # of the dual-path adapter: release, fewshot.py
+NANO_EPOCHS = 30            # ours, for two CPU cores
 # A mean cosine so much higher is clearly higher. Of 300 real clouds of ModelNet40, named among five
 # words, this points out 66 % that are given with the wrong axis up, and 8 % with the right one.
 CLEARLY = 0.08
@@ -48,7 +50,7 @@ def name_files(args, clip, tower, cfg, setup):
         xyz = torch.from_numpy(objects.read_one(file, 2 * points, points))
         xyz = objects.unit_sphere(farthest(xyz[None], points))          # (1, N, 3)
         seen = (features_of([tower], clip, y_up(xyz, axis), cfg, setup)[0] for axis in (up, other))
-        mean, turned = (zero_shot(f, text)[0] / f.shape[1] for f in seen)       # cosines (C,)
+        mean, turned = (cosines(f, text)[0] / f.shape[1] for f in seen)       # cosines (C,)
         share = (clip.scale * mean).softmax(0).tolist()
         words = [f"{names[i]} {100 * share[i]:.0f} % ({mean[i]:.2f})"
                  for i in mean.topk(min(5, len(names))).indices.tolist()]
@@ -75,69 +77,73 @@ def words_of(classes):
 
 
 # ---- Test clouds of a data set -------------------------------------------------------------------
-def name_test(args, clip, tower, cfg, setup):
+def name_clouds(args, clip, tower, cfg, setup):
     """--data and --shots: name the test clouds of a data set."""
-    name, run = args.data, Run("zero_shot", cfg, setup)
-    run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    test, shots, classes, form, up = load_test(name, cfg, cfg["recipe"]["points"])
-    # the release's prompt for ModelNet10 has an underscore: image of a night_stand
-    names = [word if name == "modelnet10" else word.replace("_", " ") for word in classes]
-    known = [i for i, word in enumerate(names) if knows(clip, word)]
-    unknown = [word for i, word in enumerate(names) if i not in known]
-    if not known:
-        raise InputError(f"{form}: {clip.name} knows none of its classes, "
-                         f"{', '.join(names)[:200]}; --clip openai knows all words")
-    test = Test(test.name, *of_classes(test.xyz, test.label, known))
+    test, shots, classes, form, up = load_test(args.data, cfg, cfg["recipe"]["points"])
+    known, names = known_classes(clip, args.data, classes)
+    test, shots = (of_classes(*clouds, known) for clouds in (test[1:], shots))
+    if not len(test[1]):
+        raise InputError(f"{form}: has no test cloud of a class that {clip.name} knows; there is "
+                         f"{', '.join(classes)[:200]}; --clip openai knows all words")
+    test = Test(f"{args.data}'s test clouds", *test)
+    unknown = [word for i, word in enumerate(classes) if i not in known]
     classes = [classes[i] for i in known]
-    text = text_features(clip, [names[i] for i in known])
-    run.print(f"data     {len(test.label):,} {test.name}, {len(known)} classes, {test.xyz.shape[1]}"
-              f" points; {up} is up; {form}")
+    print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
+    print(f"data     {len(test.label):,} {test.name}, {len(known)} classes, {test.xyz.shape[1]} "
+          f"points; {up} is up; {form}")
     if unknown:
-        run.print(f"left out {clip.name} does not know {', '.join(unknown)}")
-    if name.startswith("modelnet"):
-        run.print("note     published zero-shot numbers are of the manually aligned ModelNet40")
-    common.print_warning(run, clip.name)
-    used = clip, text, cfg, setup
+        print(f"left out {clip.name} does not know {', '.join(unknown)}")
+    if args.data.startswith("modelnet"):
+        print("note     published zero-shot numbers are of the manually aligned ModelNet40")
+    used = clip, text_features(clip, names), cfg, setup
     if turned_fits(up, tower, test.xyz, *used):
         other = "z" if up == "y" else "y"
-        run.print(f"note     with --up {other} the words would fit better; does {other} point up?")
-    with_shots = args.shots is not None
-    run.print(f"views    {views_for(clip, cfg)}"
-              + f", with shots {views_for(clip, cfg, True)}" * with_shots)
+        print(f"note     with --up {other} the words would fit better; does {other} point up?")
+    print(f"views    {views_for(clip, cfg)}"
+          + f", with shots {views_for(clip, cfg, True)}" * (args.shots is not None))
+
     found = {BEFORE: evaluate(clip.visual, [test], *used)}
     if tower is not clip.visual:
         found[AFTER] = evaluate(tower, [test], *used)
     scores, = found.get(AFTER, found[BEFORE])
-    if with_shots:
-        shots = draw_shots(*of_classes(*shots, known), args.shots, cfg["seed"])
+    if args.shots is not None:
+        shots = draw_shots(*shots, args.shots, cfg["seed"])
         counts = torch.bincount(shots[1], minlength=len(known)).tolist()
         few = [word for word, count in zip(classes, counts) if count < args.shots]
-        run.print(f"shots    {len(shots[1]):,} clouds"
-                  + f"; there are fewer than {args.shots} of {', '.join(few)}" * bool(few))
+        print(f"shots    {len(shots[1]):,} clouds"
+              + f"; there are fewer than {args.shots} of {', '.join(few)}" * bool(few))
         found[SHOTS.format(args.shots or "all")], best = adapt(tower, shots, [test], *used)
-    for line in table(classes, [test], found):
-        run.print(line)
-    if with_shots:
-        run.print(f"adapter  last epoch (best on test: {percent(best[0])} in epoch {best[1]})")
-    run.print("worst    " + ", ".join(worst_classes(classes, scores, test.label)))
+    print("\n".join(table(classes, [test], found)))
+    if args.shots is not None:
+        print(f"adapter  last epoch (best on test: {percent(best[0])} in epoch {best[1]})")
+    print("worst    " + ", ".join(worst_classes(classes, scores, test.label)))
+
+
+def known_classes(clip, data, classes):
+    """-> numbers of the classes whose names the text tower knows, and these names as words."""
+    # the release's prompt for ModelNet10 has an underscore: image of a night_stand
+    names = [name if data == "modelnet10" else name.replace("_", " ") for name in classes]
+    known = [i for i, name in enumerate(names) if knows(clip, name)]
+    return known, [names[i] for i in known]
+
+
+def of_classes(xyz, label, known):
+    """The clouds of some classes, which are numbered anew in their order."""
+    known = torch.tensor(known, dtype=torch.int64)
+    kept = torch.isin(label, known)
+    return xyz[kept], torch.searchsorted(known, label[kept])
 
 
 def turned_fits(up, tower, xyz, clip, text, cfg, setup, most=100):
     """Whether the words fit better with the other axis up: the cosine of each cloud's best word
     grows by more than three standard errors. (ModelNet40, wrong axis: by six; right one: by -6.)"""
     some = xyz[torch.linspace(0, len(xyz) - 1, min(most, len(xyz))).long()]
-    other = y_up(some) if up == "y" else some[..., [2, 0, 1]]          # as it was read
-    best, turned = (zero_shot(features_of([tower], clip, x, cfg, setup)[0], text).amax(1)
-                    for x in (some, other))                            # (100,)
+    # `y_up` with the other axis: where it had turned z up, back to what was read
+    other = y_up(some) if up == "y" else some[..., [2, 0, 1]]
+    best, turned = (cosines(features_of([tower], clip, x, cfg, setup)[0], text).amax(1)
+                    for x in (some, other))                             # (100,)
     gain = turned - best
-    return gain.mean() > 3 * gain.std() / len(gain) ** 0.5
-
-
-def of_classes(xyz, label, known):
-    """The clouds of some classes, which are numbered anew in their order."""
-    known = torch.tensor(known)
-    kept = torch.isin(label, known)
-    return xyz[kept], torch.searchsorted(known, label[kept])
+    return len(gain) > 1 and (gain.mean() > 3 * gain.std() / len(gain) ** 0.5).item()
 
 
 def draw_shots(xyz, label, shots, seed):
@@ -170,24 +176,21 @@ def name_boxes(args, clip, tower, cfg, setup):
     multiplied by the share of the name. With --root, where NAME.json is of the true boxes, prints
     mAP@0.25.
     """
-    names, folder, out = words_of(args.classes), Path(args.detections), args.out
+    names, folder = words_of(args.classes), Path(args.detections)
     folder = folder / "predicted" if (folder / "predicted").is_dir() else folder
     files = sorted(file for file in folder.glob("*.json") if file.with_suffix(".ply").is_file())
     if not files:
         raise InputError(f"--detections {folder}: no NAME.json with NAME.ply, as train_det.py "
                          "--export or --predict writes them")
-    text, found, true = text_features(clip, names), [], {}
-    if out.resolve() == folder.resolve():
-        raise InputError(f"--out {out}: the boxes lie there and would be written over; give "
+    if args.out.resolve() == folder.resolve():
+        raise InputError(f"--out {args.out}: the boxes lie there and would be written over; give "
                          "another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    true = {file.stem: true_boxes(args.root, file.name) for file in files if args.root}
+    text, found = text_features(clip, names), []
+    args.out.mkdir(parents=True, exist_ok=True)
     for file in files:
-        _, boxes = read_boxes(file)                                     # (k, 6)
-        listed, named = read_json(file), []
-        with reading(file.with_suffix(".ply"), "export it again"):
-            vertices, polygons = read_ply(file.with_suffix(".ply").read_bytes())
-            xyz = columns(vertices, "x", "y", "z", kind=np.float64)
-        xyz = np.delete(xyz, [] if polygons is None else np.unique(polygons), 0)    # edges of boxes
+        listed, boxes, xyz = read_detections(file)
+        named = []
         for entry, box in zip(listed, boxes):
             inside = xyz[(np.abs(xyz - box[:3]) <= box[3:] / 2).all(1)].astype(np.float32)
             if len(inside) < 16:
@@ -196,27 +199,44 @@ def name_boxes(args, clip, tower, cfg, setup):
                              min(cfg["recipe"]["points"], len(inside)))
             cloud = y_up(objects.unit_sphere(cloud), cfg["up"] or "z")  # (1, N, 3)
             f, = features_of([tower], clip, cloud, cfg, setup)
-            share = (clip.scale * zero_shot(f, text)[0] / f.shape[1]).softmax(0)
+            share = (clip.scale * cosines(f, text)[0] / f.shape[1]).softmax(0)
             entry["class"] = names[share.argmax()]
             entry["score"] = float(share.max()) * entry.get("score", 1.0)
             named.append(entry)
             found.append((file.stem, box, entry["score"], entry["class"]))
-        (out / file.name).write_text(json.dumps(named, indent=1), encoding="utf-8")
+        (args.out / file.name).write_text(json.dumps(named, indent=1), encoding="utf-8")
         kinds = [entry["class"] for entry in named]
         counts = ", ".join(f"{kinds.count(name)} {name}" for name in names if name in kinds)
         empty = len(listed) - len(named)
         print(f"{file.stem}: {counts or 'no box'}"
               + f"; {empty} of fewer than 16 points left out" * bool(empty))
-        if args.root:
-            places = [Path(args.root) / part / file.name for part in ("", "val", "test")]
-            truth = next((place for place in places if place.is_file()), None)
-            if truth is None:
-                raise InputError(f"--root {args.root}: has no {file.name}, val/{file.name} or "
-                                 f"test/{file.name} with the true boxes; leave --root out")
-            true[file.stem] = read_boxes(truth)
     if args.root:
         print_precision(found, true, names, args.root, clip.name)
-    print(f"boxes: {out}")
+    print(f"boxes: {args.out}")
+
+
+def read_detections(file):
+    """NAME.json and NAME.ply -> its list, boxes (k, 6), points (n, 3) without corners of boxes."""
+    _, boxes = read_boxes(file)
+    listed = read_json(file)
+    for number, entry in enumerate(listed):
+        if not amount(entry.get("score", 1.0)):
+            raise InputError(f"{file}: the score of box {number} is not a number; export it again")
+    with reading(file.with_suffix(".ply"), "export it again"):
+        vertices, polygons = read_ply(file.with_suffix(".ply").read_bytes())
+        xyz = columns(vertices, "x", "y", "z", kind=np.float64)
+    corners = [] if polygons is None else np.unique(polygons)
+    return listed, boxes, np.delete(xyz, corners, 0)
+
+
+def true_boxes(root, name):
+    """-> names of classes, boxes (k, 6), from where --data folder of train_det.py has them."""
+    places = [Path(root) / part / name for part in ("", "val", "test")]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise InputError(f"--root {root}: has no {name}, val/{name} or test/{name} with the true "
+                         "boxes; leave --root out")
+    return read_boxes(file)
 
 
 def average_precision(found, true, least=0.25):
@@ -262,10 +282,12 @@ def print_precision(found, true, names, root, clip):
 def main(argv=None):
     args = flags(argv)
     cfg, saved = settings(args)
-    setup = Setup(args.device, args.precision)
-    clip = load_both_towers(cfg["clip"], cfg["seed"], setup.device)
+    setup = Setup(args.device, cfg["precision"])
+    # random and shuffled weights of a run followed its own seed
+    clip = load_both_towers(cfg["clip"], (saved["config"] if saved else cfg)["seed"], setup.device)
     check_frozen(cfg, saved, clip)
-    work = name_files if args.predict else name_boxes if args.detections else name_test
+    common.print_warning(print, clip.name)
+    work = name_files if args.predict else name_boxes if args.detections else name_clouds
     work(args, clip, tower_of(clip, saved, args.official), cfg, setup)
 
 
@@ -275,18 +297,19 @@ def flags(argv):
     flag("--predict", nargs="+", metavar="FILE", help="name these meshes or clouds")
     flag("--data", choices=["modelnet40", "modelnet10", "scanobjectnn", "folder"],
          help="name the test clouds of --root")
-    flag("--detections", metavar="DIR", help="name the boxes that train_det.py exported there, or "
-         "a run of it; with --root, the folder of the true boxes, print mAP@0.25")
+    flag("--detections", type=path, metavar="DIR", help="name the boxes that train_det.py exported "
+         "there, or a run of it; with --root, the folder of the true boxes, print mAP@0.25")
     flag("--classes", metavar="WORDS", help='with --predict, --detections: "chair, table, lamp"')
     flag("--root", type=path, metavar="DIR",
          help="the data as its owners publish it (default: data/<name>)")
     flag("--shots", type=whole(0), metavar="K", help="with --data: train the dual-path adapter on "
          "K clouds of each class, too; 0: on all")
-    flag("--clip", metavar="NAME", help=f"{pretrained.CLIP_NAMES} (default: nano; with --eval that "
-                                        "of the run)")
-    flag("--eval", metavar="RUN", help="the depth tower of a run of train_clip2point.py")
-    flag("--init-official", metavar="FILE", dest="official",
-         help="with --clip openai: the authors' depth tower")
+    flag("--clip", type=path, metavar="NAME",
+         help=f"{pretrained.CLIP_NAMES} (default: nano; openai with --init-official; with --eval "
+              "that of the run)")
+    flag("--eval", type=path, metavar="RUN", help="the depth tower of a run of train_clip2point.py")
+    flag("--init-official", type=path, metavar="FILE", dest="official",
+         help="the authors' depth tower")
     flag("--views", choices=VIEWS, help="sides that a cloud is looked at from (default: axis6, "
                                         "with shots axis10; nano: oblique6)")
     flag("--average", action="store_true",
@@ -295,27 +318,28 @@ def flags(argv):
                                           "--data that of its form)")
     flag("--out", type=path, metavar="DIR",
          help="where --predict and --detections write (default: predicted, or RUN/predicted)")
-    flag("--seed", type=whole(0), metavar="N", help="draws the shots (default 0)")
+    flag("--seed", type=whole(0), metavar="N", help="draws the shots, and random weights "
+                                                    "(default 0; with --eval that of the run)")
     flag("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-         help="of the products (default auto)")
-    flag("--workers", type=whole(1), metavar="N", help="to prepare data (default: cores)")
+    flag("--precision", choices=["auto", "fp32", "bf16"],
+         help="of the products (default auto; with --eval that of the run)")
+    flag("--workers", type=whole(1), metavar="N", help="to prepare --data (default: cores)")
     return parser.parse_args(argv)
 
 
 FORM = {"config": {         # what is read of train_clip2point.py's settings
-    "clip": str, "views": (None, *VIEWS), "average": bool,
-    "recipe": {"points": COUNT, "adapter": COUNT}}, **checkpoint_form(sums=3)}
+    "clip": str, "seed": WHOLE, "precision": ("auto", "fp32", "bf16"), "views": (None, *VIEWS),
+    "average": bool, "recipe": {"points": COUNT, "adapter": COUNT}}, **checkpoint_form(sums=3)}
 
 
 def settings(args):
-    """Flags, over the settings of --eval's run -> config, checkpoint or None."""
-    words, own = bool(args.predict or args.detections), None
+    """Flags over the settings of --eval's run -> config, checkpoint or None. Sets args.out."""
+    by_words = bool(args.predict or args.detections)
     for wrong, line in (
             (bool(args.predict) + bool(args.detections) + bool(args.data) != 1,
              "give one of --predict FILE, --data NAME and --detections DIR"),
-            (words != bool(args.classes), "--predict and --detections need words to choose from, "
-             'and words need one of them: --classes "chair, table"'),
+            (by_words != bool(args.classes), "--predict and --detections need words to choose "
+             'from, and words need one of them: --classes "chair, table"'),
             (args.shots is not None and not args.data, "--shots needs clouds with labels: --data "
              "modelnet40 --root DIR"),
             (args.data and args.out, "--data prints and writes nothing; leave --out out"),
@@ -326,24 +350,24 @@ def settings(args):
              "torchrun out")):
         if wrong:
             raise InputError(line)
+    saved, folder = None, Path()
+    clip = args.clip or ("openai" if args.official else "nano")
+    own = {"clip": clip, "seed": 0, "precision": "auto", "views": None, "average": False, "recipe":
+           {"points": POINTS, "adapter": NANO_EPOCHS if clip.startswith("nano") else EPOCHS}}
     if args.eval:
-        saved, place = load_checkpoint(args.eval, "clip2point"), Path(args.eval)
+        saved, folder = load_checkpoint(args.eval, "clip2point"), Path(args.eval)
         if wrong := misfit(saved, FORM):
-            raise InputError(f"{place}: {wrong} is not as this train_clip2point.py saves it; take "
+            raise InputError(f"{folder}: {wrong} is not as this train_clip2point.py saves it; take "
                              "the run's other .pt file, or train anew")
-        own = saved["config"]
-        args.out = args.out or (place if place.is_dir() else place.parent) / "predicted"
-    else:
-        saved, nano = None, (args.clip or "nano").startswith("nano")
-        own = {"clip": "nano", "views": None, "average": False, "recipe": {
-            "points": POINTS, "adapter": NANO_ADAPTER if nano else ADAPTER}}
-    args.out = Path(args.out or "predicted")
-    if words:
-        check_places(args)
-    return {"clip": args.clip or own["clip"], "views": args.views or own["views"],
-            "average": args.average or own["average"], "recipe": own["recipe"], "root": args.root,
-            "up": args.up, "seed": args.seed or 0,
-            "workers": args.workers or os.cpu_count()}, saved
+        own, folder = saved["config"], folder if folder.is_dir() else folder.parent
+    args.out = Path(args.out or folder / "predicted")
+    check_files(args)
+    if by_words:
+        check_place(args.out)
+    given = {name: getattr(args, name) for name in ("clip", "seed", "precision", "views", "average")
+             if getattr(args, name) not in (None, False)}
+    return {**{name: own[name] for name in own if name in FORM["config"]}, **given,
+            "root": args.root, "up": args.up, "workers": args.workers or os.cpu_count()}, saved
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +225,7 @@ def test_lamb_is_the_optimiser_of_the_published_recipe():
 def test_cosines_are_summed_over_the_views_and_classes_may_be_left_out():
     text = torch.eye(3)
     f = torch.tensor([[[3., 4, 0], [0, 5, 0]]])
-    torch.testing.assert_close(clip2point.zero_shot(f, text), torch.tensor([[.6, 1.8, 0]]))
+    torch.testing.assert_close(clip2point.cosines(f, text), torch.tensor([[.6, 1.8, 0]]))
     scores, label = torch.tensor([[3., 2, 1], [1, 2, 3], [3, 2, 1]]), torch.tensor([0, 1, 1])
     assert clip2point.accuracy(scores, label) == pytest.approx(1 / 3)
     assert clip2point.accuracy(scores, label, [1, 2]) == pytest.approx(1 / 2)      # of two clouds
@@ -330,7 +331,7 @@ def test_the_shipped_tower_is_checked_and_belongs_to_its_nano(nano, tmp_path, mo
         clip2point.tower_of(clip._replace(sha256="0" * 64), None, None)
 
 
-# --- the script -----------------------------------------------------------------------------------
+# --- the scripts ----------------------------------------------------------------------------------
 
 def shrink(monkeypatch, folder, nano):
     """The built-in run in seconds, in an empty folder. -> the words for it"""
@@ -339,7 +340,7 @@ def shrink(monkeypatch, folder, nano):
     for name in c2p.RECIPES:
         monkeypatch.setitem(c2p.RECIPES, name, recipe)
     monkeypatch.setattr(zero_shot, "POINTS", 256)
-    monkeypatch.setattr(zero_shot, "NANO_ADAPTER", 2)
+    monkeypatch.setattr(zero_shot, "NANO_EPOCHS", 2)
     monkeypatch.setattr(c2p, "HELD_OUT", (1, 303))
     monkeypatch.setattr(c2p, "SCANS", ((2, 1), (1, 2)))
     prepared = c2p.prepared_folder
@@ -415,7 +416,7 @@ def test_a_run_s_tower_names_files_and_says_which_axis_points_up(small, finished
              "chair, table", *CPU]
     zero_shot.main(words)
     printed = capsys.readouterr().out
-    assert printed.startswith("own.npy:   ") and "chair" in printed and "table" in printed
+    assert "\nown.npy:   " in printed and "chair" in printed and "table" in printed
     assert Path("seen/look.png").is_file()
     with pytest.MonkeyPatch.context() as patch:         # whatever the other axis gives is better
         patch.setattr(zero_shot, "CLEARLY", -2)
@@ -444,7 +445,15 @@ def test_the_test_clouds_of_a_data_set_are_named_with_and_without_shots(small, f
     zero_shot.main([*words, *small[:2]])                      # the baseline: no depth tower
     printed = capsys.readouterr().out
     assert "CLIP's image tower" in printed and "depth tower" not in printed
-    assert "dual-path" not in printed
+    assert "dual-path" not in printed and "warning" in printed and "note " not in printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero_shot, "turned_fits", lambda up, *_: up == "y")
+        zero_shot.main([*words, *small[:2], "--up", "y"])
+        assert "with --up z the words would fit better; does z point up" in capsys.readouterr().out
+    for name in ("Cone", "Tv_stand"):
+        shutil.rmtree(tmp_path / "own/test" / name)
+    with pytest.raises(InputError, match="has no test cloud of a class that nano=.* knows; there"):
+        zero_shot.main([*words, *small[:2]])
 
 
 def test_a_data_set_that_lies_on_its_side_is_pointed_out():
@@ -455,6 +464,7 @@ def test_a_data_set_that_lies_on_its_side_is_pointed_out():
     xyz = np.stack([sample_surface(*make_object(name, rng), 1024, rng) for name in 3 * names])
     xyz = unit_sphere(torch.from_numpy(xyz))            # z is up
     used = tower, clip, text, {"views": None, "average": False}, Setup("cpu", "fp32")
+    assert not zero_shot.turned_fits("z", tower, xyz[:1], *used[1:])    # one cloud shows nothing
     fits = lambda up, points: zero_shot.turned_fits(                                # noqa: E731
         up, used[0], clip2point.y_up(points, up), *used[1:])
     assert not fits("z", xyz) and fits("y", xyz)
@@ -563,6 +573,13 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
     assert "room: " in capsys.readouterr().out
     with pytest.raises(InputError, match="the boxes lie there and would be written over"):
         zero_shot.main([*words, "--out", "out"])
+    for score in ("high", None, float("nan")):
+        listed = json.loads(Path("out/room.json").read_text())
+        Path("wrong").mkdir(exist_ok=True)
+        Path("wrong/room.ply").write_bytes(Path("out/room.ply").read_bytes())
+        Path("wrong/room.json").write_text(json.dumps([*listed[:1], {**listed[1], "score": score}]))
+        with pytest.raises(InputError, match="room.json: the score of box 1 is not a number"):
+            zero_shot.main(["--detections", "wrong", *words[4:], "--out", "named"])
     with pytest.raises(InputError, match="truth2: has no room.json, val/room.json or"):
         zero_shot.main([*words, "--root", "truth2", "--out", "named"])
     Path("out/room.ply").write_bytes(Path("out/room.ply").read_bytes()[:500])
@@ -601,12 +618,33 @@ def test_a_run_whose_settings_are_damaged_is_refused(small, finished, tmp_path):
         zero_shot.main(["--eval", str(tmp_path / "damaged.pt"), "--data", "folder", *CPU])
 
 
-def test_a_pt_file_of_a_run_will_do_and_writes_beside_it(small, finished):
-    args = zero_shot.flags(["--eval", str(finished[0] / "last.pt"), "--predict", "a.obj",
-                            "--classes", "chair"])
+def test_a_run_gives_its_settings_and_flags_come_first(small, finished):
+    words = ["--eval", str(finished[0] / "last.pt"), "--predict", "a.obj", "--classes", "chair"]
+    args = zero_shot.flags(words)
     cfg, saved = zero_shot.settings(args)
     assert args.out == finished[0] / "predicted" and cfg["recipe"]["points"] == 256
-    assert saved["config"]["clip"] == cfg["clip"] and cfg["seed"] == 0
+    assert (cfg["clip"], cfg["precision"], cfg["seed"], cfg["views"], cfg["average"]) == (
+        saved["config"]["clip"], "fp32", 0, None, False)
+    cfg, _ = zero_shot.settings(zero_shot.flags([*words, "--precision", "bf16", "--seed", "3",
+                                                 "--views", "axis3", "--average"]))
+    assert (cfg["precision"], cfg["seed"], cfg["views"], cfg["average"]) == (
+        "bf16", 3, "axis3", True)
+    args = zero_shot.flags(["--data", "folder", "--init-official", str(finished[0] / "last.pt")])
+    assert zero_shot.settings(args)[0]["clip"] == "openai"
+
+
+def test_shuffled_weights_of_a_run_follow_its_seed_and_shots_may_follow_another(
+        small, nano, finished, tmp_path, capsys):
+    clip = clip2point.load_both_towers(f"{nano}=shuffled", 3, "cpu")
+    saved = torch.load(finished[0] / "last.pt", weights_only=True)
+    saved["config"].update(seed=3, clip=clip.name)
+    saved["frozen"].update(name=clip.name, sha256=clip.sha256)
+    torch.save(saved, tmp_path / "shuffled.pt")
+    write_off(tmp_path / "a.off", "chair", 0)
+    for seed in ([], ["--seed", "5"]):
+        zero_shot.main(["--eval", str(tmp_path / "shuffled.pt"), "--predict", "a.off", "--classes",
+                        "chair, table", "--device", "cpu", *seed])
+        assert "a.off:   " in capsys.readouterr().out
 
 
 def test_torchrun_is_refused_and_the_adapter_trains_as_released_but_with_nano(monkeypatch):

@@ -288,7 +288,7 @@ def test_test_objects_alone_are_evaluated_by_the_runs_names(finished, folder, tm
     (["--data", "modelnet40", "--root", "nowhere"], "princeton"),
     (["--data", "modelnet40"], "data/modelnet40: no such file or folder"),
     (["--out", "{run}"], "holds a run; --resume"),
-    (["--out", "{run}/log.txt/run"], "log.txt: a run's folder cannot be made in it; give another"),
+    (["--out", "{run}/log.txt/run"], "log.txt: nothing can be written in it; give another"),
     (["--data", "modelnet40", "--root", "nowhere", "--clip", "nano=gone.safetensors"],
      "--clip: no such file: gone.safetensors"),         # before the data, which take minutes
     (["--data", "modelnet40", "--root", "nowhere", "--clip", "gone.pt=shuffled"],

@@ -684,7 +684,8 @@ LITTER = ("._b.npz", ".DS_Store", ".hidden.npy", "Thumbs.db", "__MACOSX/b.npz", 
 
 def test_the_clouds_of_a_folder_are_sorted(tmp_path):
     touch(tmp_path, "b.npz", "a.PLY", "c.Npy", "a.json", "notes.txt", *LITTER)
-    assert [path.name for path in files.files_in(tmp_path, files.ROOMS)[0]] == ["a.PLY", "b.npz", "c.Npy"]
+    found, _ = files.files_in(tmp_path, files.ROOMS)
+    assert [path.name for path in found] == ["a.PLY", "b.npz", "c.Npy"]
 
 
 def test_what_is_passed_over_in_a_folder_of_clouds_is_named(tmp_path, capsys):
@@ -714,7 +715,7 @@ def test_copies_are_refused_by_name(tmp_path, one, two, refused):
         assert len(files.files_in(tmp_path, files.ROOMS)[0]) == 1 + two.endswith(".ply")
         return
     with pytest.raises(InputError, match="by its name a copy of r0") as error:
-        files.files_in(tmp_path, files.ROOMS)[0]
+        files.files_in(tmp_path, files.ROOMS)
     assert "\n" not in str(error.value)
 
 

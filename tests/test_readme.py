@@ -93,7 +93,7 @@ def run_above(words, main, monkeypatch, *more):
 @pytest.fixture(autouse=True)
 def weights_that_are_not_here(monkeypatch):
     """Commands name files of weights; small ones are loaded instead."""
-    monkeypatch.setattr("run.check_places", lambda args: None)
+    monkeypatch.setattr("run.check_files", lambda args: None)
 
 
 def small_clip(monkeypatch, tiny_clip):
@@ -338,7 +338,7 @@ def test_each_zero_shot_command_runs(command, tmp_path, monkeypatch, capsys):
     if "--predict" in words:
         assert printed.count("chair ") == 2 and Path("predicted/look.png").is_file()
     elif "--detections" in words:
-        assert printed.startswith("room: 1 ") and Path("predicted/room.json").is_file()
+        assert "\nroom: 1 " in printed and Path("predicted/room.json").is_file()
     else:
         assert ("dual-path adapter" in printed) == ("--shots" in words)
         assert "CLIP's image tower" in printed
@@ -591,12 +591,18 @@ t.main(sys.argv[1:])"""
 
 
 def test_zero_shot_needs_the_files_that_readme_names(tmp_path):
-    fork(tmp_path, "zero_shot.py")
+    more = named_after("The built-in data, which a script takes without `--data`, needs")
+    more = [name for name in more if name.endswith(".safetensors")]
+    assert len(more) == 2
+    fork(tmp_path, "zero_shot.py", *more)
     test_clip2point.write_off(tmp_path / "a.off", "chair", 0)
-    done = python(tmp_path, "zero_shot.py", "--clip", f"nano={test_bench.nano_file(tmp_path)}",
-                  "--predict", "a.off", "--classes", "chair, table", "--device", "cpu")
+    words = "zero_shot.py", "--device", "cpu", "--predict", "a.off", "--classes"
+    done = python(tmp_path, *words, "chair, table")
     assert done.returncode == 0, done.stderr
-    assert "chair" in done.stdout and (tmp_path / "predicted/look.png").is_file()
+    assert "a.off:   chair " in done.stdout and (tmp_path / "predicted/look.png").is_file()
+    done = python(tmp_path, *words, "chair, lorry")         # no list of classes beside it
+    assert done.returncode == 2
+    assert done.stderr.endswith("not 'lorry'; --clip openai knows all words\n")
 
 
 @pytest.mark.parametrize("script", sorted({*ROWS} - {"zero_shot.py"}))

@@ -225,16 +225,17 @@ def test_a_run_without_a_checkpoint_says_which_command_to_repeat(tmp_path, monke
         load_checkpoint(tmp_path, "cls")
 
 
-@pytest.mark.parametrize("script", ["cls", "clip", "det", "fewshot", "seg"])
+@pytest.mark.parametrize("script", ["train_cls", "train_clip", "train_clip2point", "train_det",
+                                    "train_fewshot", "train_outdoor", "train_seg", "zero_shot"])
 def test_ctrl_c_while_torch_is_imported_is_no_traceback(script):
     code = ("import builtins, os, runpy, signal, sys\nreal = builtins.__import__\n"
             "def interrupted(name, *args, **more):\n"
             "    name == 'torch' and os.kill(os.getpid(), signal.SIGINT)\n"
             "    return real(name, *args, **more)\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"builtins.__import__, sys.argv = interrupted, ['train_{script}.py']\n"
+            f"builtins.__import__, sys.argv = interrupted, ['{script}.py']\n"
             f"sys.path.insert(0, {str(ROOT)!r})\n"
-            f"runpy.run_path({str(ROOT)!r} + '/train_{script}.py', run_name='__main__')")
+            f"runpy.run_path({str(ROOT)!r} + '/{script}.py', run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT and done.stderr == done.stdout == ""
 
