@@ -364,10 +364,13 @@ def settings(args):
     check_files(args)
     if by_words:
         check_place(args.out)
-    given = {name: getattr(args, name) for name in ("clip", "seed", "precision", "views", "average")
-             if getattr(args, name) not in (None, False)}
-    return {**{name: own[name] for name in own if name in FORM["config"]}, **given,
-            "root": args.root, "up": args.up, "workers": args.workers or os.cpu_count()}, saved
+    cfg = {name: own[name] for name in FORM["config"]}
+    for name in ("clip", "seed", "precision", "views", "average"):
+        value = getattr(args, name)
+        if value is not None and value is not False:        # --seed 0 is given, too
+            cfg[name] = value
+    return {**cfg, "root": args.root, "up": args.up,
+            "workers": args.workers or os.cpu_count()}, saved
 
 
 if __name__ == "__main__":

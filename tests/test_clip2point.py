@@ -637,13 +637,15 @@ def test_shuffled_weights_of_a_run_follow_its_seed_and_shots_may_follow_another(
         small, nano, finished, tmp_path, capsys):
     clip = clip2point.load_both_towers(f"{nano}=shuffled", 3, "cpu")
     saved = torch.load(finished[0] / "last.pt", weights_only=True)
-    saved["config"].update(seed=3, clip=clip.name)
+    saved["config"].update(seed=3, clip=clip.name)      # of the run; 0 is a seed for the shots
     saved["frozen"].update(name=clip.name, sha256=clip.sha256)
     torch.save(saved, tmp_path / "shuffled.pt")
     write_off(tmp_path / "a.off", "chair", 0)
-    for seed in ([], ["--seed", "5"]):
-        zero_shot.main(["--eval", str(tmp_path / "shuffled.pt"), "--predict", "a.off", "--classes",
-                        "chair, table", "--device", "cpu", *seed])
+    for more, seed in (([], 3), (["--seed", "0"], 0)):
+        words = ["--eval", str(tmp_path / "shuffled.pt"), "--predict", "a.off", "--classes",
+                 "chair, table", "--device", "cpu", *more]
+        assert zero_shot.settings(zero_shot.flags(words))[0]["seed"] == seed
+        zero_shot.main(words)
         assert "a.off:   " in capsys.readouterr().out
 
 
