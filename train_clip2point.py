@@ -367,12 +367,12 @@ def main(argv=None):
     setup = Setup(args.device, cfg["precision"])
     clip = load_both_towers(cfg["clip"], cfg["seed"], setup.device)
     check_frozen(cfg, saved, clip)
+    data, tests, classes, form = load_pairs(cfg, clip, setup)
+    cfg["classes"], names = list(classes), [name.replace("_", " ") for name in classes]
     run = Run("clip2point", cfg, setup, saved)
     if not args.eval:
         run.open(__file__, folder or args.out)
     run.print(f"device   {setup.describe}; torch {torch.__version__}; seed {cfg['seed']}")
-    data, tests, classes, form = load_pairs(cfg, clip, setup)
-    cfg["classes"], names = list(classes), [name.replace("_", " ") for name in classes]
     unknown = [name for name in names if not knows(clip, name)]
     tests = [] if unknown else tests
     run.print(f"data     {cfg['data']}: {len(data.label):,} objects with {data.image.shape[1]} "

@@ -371,6 +371,7 @@ def test_a_run_prints_its_table_and_a_stopped_and_resumed_one_ends_the_same(
                   "with 2 shots, dual-path adapter", "left out chair, monitor, table, vase",
                   "result   scanned clouds, zero-shot: "):
         assert words in printed
+    assert len(json.loads((run / "config.json").read_text())["classes"]) == 40
     results = json.loads((run / "results.json").read_text())
     assert {"accuracy", "before", "adapter", "mispaired"} <= results["metrics"].keys()
     assert all(0 <= x <= 1 for x in results["metrics"].values())
