@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -287,10 +288,13 @@ def test_an_untrained_tower_has_the_sizes_and_not_the_weights(nano):
     assert not torch.equal(other["proj"], clip2point.untrained(clip, 4).state_dict()["proj"])
 
 
-def test_unknown_words_are_refused_with_the_nearest_known_ones(nano):
+def test_unknown_words_are_refused_with_the_nearest_known_ones(nano, monkeypatch):
     clip = clip2point.load_both_towers(nano, 0, "cpu")
     assert clip2point.text_features(clip, ["chair", "night stand"]).shape == (2, 64)
     with pytest.raises(InputError, match=r"not 'chairs' \(near it: chair, .*'lorry' \(near it"):
+        clip2point.text_features(clip, ["chairs", "table", "lorry"])
+    monkeypatch.setitem(sys.modules, "data.synthetic_objects", None)        # a fork has no list
+    with pytest.raises(InputError, match="forty classes, not 'chairs', 'lorry'; --clip openai"):
         clip2point.text_features(clip, ["chairs", "table", "lorry"])
 
 
