@@ -613,7 +613,7 @@ def main_guard(main):
                   "checkpoint", file=sys.stderr, flush=True)
         os._exit(1)
     except KeyboardInterrupt:               # before the loop, or a second time in it
-        print("stopped; what was not saved before is lost", file=sys.stderr)
+        print("stopped; what was saved stays, and --resume goes on with a run", file=sys.stderr)
         sys.exit(130)
     if world_size() > 1:                    # at once: gloo's threads now and then abort a process
         sys.stdout.flush()

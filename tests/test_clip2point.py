@@ -426,9 +426,9 @@ def test_a_run_s_tower_names_files_and_says_which_axis_points_up(small, finished
     with pytest.MonkeyPatch.context() as patch:         # whatever the other axis gives is better
         patch.setattr(zero_shot, "CLEARLY", -2)
         zero_shot.main(words)
-        assert "own.npy: with --up y it would be " in capsys.readouterr().out
+        assert "own.npy: with --up y it fits better, " in capsys.readouterr().out
         zero_shot.main([*words, "--up", "y"])
-        assert "own.npy: with --up z it would be " in capsys.readouterr().out
+        assert "own.npy: with --up z it fits better, " in capsys.readouterr().out
 
 
 def test_the_test_clouds_of_a_data_set_are_named_with_and_without_shots(small, finished, tmp_path,
@@ -593,8 +593,8 @@ def test_boxes_that_train_det_exported_are_cut_out_and_named(small, finished, tm
 
 
 @pytest.mark.parametrize("words, said", [
-    ([], "give one of --predict FILE, --data NAME and --detections DIR"),
-    (["--data", "folder", "--predict", "a.obj", "--classes", "chair"], "give one of --predict"),
+    ([], "give --predict FILE, --data NAME or --detections DIR, one of them"),
+    (["--data", "folder", "--predict", "a.obj", "--classes", "chair"], "give --predict FILE"),
     (["--predict", "a.obj"], "--predict and --detections need words"),
     (["--data", "folder", "--classes", "chair"], "--predict and --detections need words"),
     (["--detections", "none", "--classes", "chair"], "none: no NAME.json with NAME.ply"),
