@@ -50,7 +50,7 @@ def name_files(args, clip, tower, cfg, setup):
         xyz = torch.from_numpy(objects.read_one(file, 2 * points, points))
         xyz = objects.unit_sphere(farthest(xyz[None], points))          # (1, N, 3)
         seen = (features_of([tower], clip, y_up(xyz, axis), cfg, setup)[0] for axis in (up, other))
-        mean, turned = (cosines(f, text)[0] / f.shape[1] for f in seen)       # cosines (C,)
+        mean, turned = (cosines(f, text)[0] / f.shape[1] for f in seen)         # (C,)
         share = (clip.scale * mean).softmax(0).tolist()
         words = [f"{names[i]} {100 * share[i]:.0f} % ({mean[i]:.2f})"
                  for i in mean.topk(min(5, len(names))).indices.tolist()]
